@@ -1,0 +1,228 @@
+// What kernels are given: raw pointers, strides and sizes. No Eigen, no exceptions, no allocation below this line.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "nibble/formats/format.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+namespace detail {
+
+/// Output channels that one panel interleaves: one zmm of int32 or fp32 lanes, two ymm.
+inline constexpr std::size_t panel_width = 16;
+/// K is padded to a multiple of this in every packed layout (one unit of 4-bit codes).
+inline constexpr std::size_t k_unit = 8;
+/// Longest group whose int32 sum is exact for every code, u8 x s8 included: 65,793 rounded down to a multiple of 16.
+inline constexpr std::size_t max_exact_group = 65792;
+
+/// A packed matrix of n output channels by k inputs ("panel16" layout), as kernels see it.
+///
+/// Output channels are cut into panels of 16 lanes; missing lanes of the last panel hold zero codes and zero
+/// scales. Within a panel, k runs outermost, k_padded = round_up(k, 8), codes beyond k are 0:
+///
+/// | format    | order                 | element                                                           |
+/// |-----------|-----------------------|-------------------------------------------------------------------|
+/// | fp32      | [k][16]               | float                                                             |
+/// | fp16      | [k][16]               | binary16 bits                                                     |
+/// | bf16      | [k/2][16][2]          | bfloat16 bits, the even k in the low half of each 32-bit lane     |
+/// | int8      | [k/4][16][4]          | uint8: code + 128                                                 |
+/// | int4, nf4 | [k/8][16][4]          | uint8: low nibble k = 8u + j, high nibble k = 8u + 4 + j          |
+///
+/// scales, and zeros where there are any, are [panel][group][16]. group_size is a multiple of 16, or k_padded where
+/// there is one group; only the last group may be shorter. Scales may be negative.
+struct PanelView {
+  Format format = Format::fp32;
+  Symmetry symmetry = Symmetry::symmetric;
+  ScaleType scale_type = ScaleType::fp32;  // of scales and float offsets; packed: fp32 or fp16
+  std::size_t n = 0;
+  std::size_t k = 0;
+  std::size_t k_padded = 0;
+  std::size_t group_size = 0;
+  std::size_t groups = 0;
+  const std::uint8_t* codes = nullptr;
+  std::size_t panel_bytes = 0;          // from one panel's codes to the next's
+  const void* scales = nullptr;         // scale_type; nullptr for the float formats
+  const void* zeros = nullptr;          // symmetric: nullptr; asymmetric: int8_t; float_offset: scale_type
+  const float* codebook = nullptr;      // nf4: 16 levels
+};
+
+/// Integer product of packed int8/int4 weights with int8 activations, for panels [panel_begin, panel_end) and all of
+/// `rows` tokens. For token r and channel c (lane of a panel), in this order, every step rounded once:
+///
+///   acc = 0
+///   for g = 0 .. groups-1:                              D, S exact in int32
+///     D = sum over the group of (q[c,k] - zero[c,g]) * x[r,k]     (zero: 8 for symmetric int4, 0 for symmetric int8
+///                                                                  and for float_offset)
+///     t = float(D)
+///     x_scales == nullptr:  acc = fma(scale[c,g], t, acc)
+///     else:                 acc = fma(scale[c,g] * x_scales[r,g], t, acc)
+///     float_offset, S = x_sums[r,g]:
+///       x_scales == nullptr:  acc = fma(offset[c,g], float(S), acc)
+///       else:                 acc = fma(offset[c,g] * x_scales[r,g], float(S), acc)
+///
+/// scale_group_stride is 16 normally and 0 where the groups are the activations' own and all share one weight scale.
+struct IntGemmArgs {
+  PanelView w;
+  std::size_t panel_begin = 0;
+  std::size_t panel_end = 0;
+  std::size_t scale_group_stride = panel_width;  // elements from one group's scales (and zeros) to the next's
+  const std::int8_t* x = nullptr;                // [rows][x_stride], zero from k up to k_padded
+  std::size_t x_stride = 0;                      // bytes; at least k_padded
+  const std::int32_t* x_sums = nullptr;          // [rows][sums_stride]: sum of x over each group
+  std::size_t sums_stride = 0;
+  const float* x_scales = nullptr;               // [rows][sums_stride] or nullptr
+  std::size_t rows = 0;
+  float* acc = nullptr;                          // [rows][acc_stride]; lane j of panel p at (p - panel_begin)*16 + j
+  std::size_t acc_stride = 0;                    // floats; at least 16 * (panel_end - panel_begin)
+  std::int32_t* raw = nullptr;                   // same shape as acc: where set (groups == 1), D goes here instead
+};
+
+/// Dequantizes k in [k_begin, k_end) of panels [panel_begin, panel_end) to fp32:
+/// out[(p - panel_begin) * out_panel_stride + (k - k_begin) * 16 + lane]. k_begin is a multiple of 8.
+/// The values equal dequantize's: int: scale * float(q - zero), one rounding; float_offset: fma(scale, float(q),
+/// offset); nf4: scale * codebook[q]; fp16, bf16, fp32: exact.
+struct UnpackArgs {
+  PanelView w;
+  std::size_t panel_begin = 0;
+  std::size_t panel_end = 0;
+  std::size_t k_begin = 0;
+  std::size_t k_end = 0;
+  float* out = nullptr;
+  std::size_t out_panel_stride = 0;  // floats; at least 16 * (k_end - k_begin)
+};
+
+/// fp32 panels times fp32 rows: acc[r][p*16 + j] (+)= sum over k of panel[p][k][j] * x[r][k].
+/// One fma a k, k ascending, from 0 (or from acc's content where `accumulate`): the same bits for every tile shape.
+/// x is packed by tiles of `float_tile_rows` tokens (KernelTable): tile t holds [k][tile_rows(t)], where
+/// tile_rows(t) = min(float_tile_rows, rows - t * float_tile_rows); tiles follow each other at x_tile_stride.
+struct FloatGemmArgs {
+  const float* panels_data = nullptr;  // [panels][panel_stride]
+  std::size_t panel_stride = 0;        // floats
+  std::size_t panels = 0;
+  std::size_t depth = 0;               // number of k
+  const float* x = nullptr;
+  std::size_t x_tile_stride = 0;       // floats, from one tile's first k of this call to the next tile's
+  std::size_t rows = 0;
+  bool accumulate = false;
+  float* acc = nullptr;                // [rows][acc_stride]
+  std::size_t acc_stride = 0;
+};
+
+/// Packed weights of any format times a few fp32 rows (rows <= KernelTable::gemv_max_rows), dequantized in
+/// registers; the same bits as unpack followed by the float GEMM.
+struct FloatGemvArgs {
+  PanelView w;
+  std::size_t panel_begin = 0;
+  std::size_t panel_end = 0;
+  const float* x = nullptr;      // [rows][x_stride]
+  std::size_t x_stride = 0;      // floats
+  std::size_t rows = 0;
+  float* acc = nullptr;          // [rows][acc_stride]; lane j of panel p at (p - panel_begin)*16 + j
+  std::size_t acc_stride = 0;
+};
+
+/// y[i] (+)= sum over k of a[k * lda + i] * x[k] for i < n: a dense fp32 matrix whose n outputs are contiguous
+/// (Eigen's column-major A times x). One fma a k, k ascending.
+struct DenseGemvArgs {
+  const float* a = nullptr;
+  std::size_t lda = 0;
+  std::size_t n = 0;
+  std::size_t k = 0;
+  const float* x = nullptr;
+  std::size_t x_stride = 1;
+  float* y = nullptr;
+};
+
+/// Quantizes rows of floats to int8, one scale a row.
+/// symmetric: scale = max(absmax / 127, FLT_MIN), 1 for a row of zeros; q = rne(x / scale), within +-127; zero = 0.
+/// asymmetric: lo = min(0, min x), hi = max(0, max x), scale = max((hi - lo) / 255, FLT_MIN) with the difference taken as
+///   hi / 255 - lo / 255, 1 for a row of zeros; zero = clamp(rne(-128 - lo / scale), -128, 127);
+///   q = clamp(rne(x / scale) + zero, -128, 127), clamped in float before the conversion.
+/// A row that holds NaN or Inf gets scale NaN, zero 0 and codes 0.
+/// Bytes from k up to q_stride are set to 0.
+struct QuantizeRowsArgs {
+  const float* x = nullptr;          // [rows][x_stride]
+  std::size_t x_stride = 0;          // floats
+  std::size_t rows = 0;
+  std::size_t k = 0;
+  bool symmetric = true;
+  std::int8_t* q = nullptr;          // [rows][q_stride]
+  std::size_t q_stride = 0;          // bytes; a multiple of 64, at least round_up(k, 8)
+  float* scales = nullptr;           // [rows]
+  std::int32_t* zeros = nullptr;     // [rows]; may be nullptr where symmetric
+};
+
+enum class EpilogueOpKind : std::uint8_t {
+  scale,         // v * data[c]
+  bias,          // v + data[c]
+  add,           // v + data[r * stride + c]
+  multiply,      // v * data[r * stride + c]
+  relu,          // v > 0 ? v : (v is NaN ? v : 0)
+  silu,          // v / (1 + exp(-v))
+  gelu,          // v / (1 + exp(-2u)), u = sqrt(2/pi) * (v + 0.044715 v^3)
+};
+
+struct EpilogueOp {
+  EpilogueOpKind kind = EpilogueOpKind::relu;
+  const float* data = nullptr;   // channel (or row and channel) 0 of this call
+  std::size_t stride = 0;        // floats from one row to the next
+};
+
+/// Turns accumulators into outputs. For row r and channel c < cols, in this order:
+///   v = acc[r][c]
+///   row_zeros:  v = fma(-row_zeros[r], channel_sums[c], v)       (asymmetric activations)
+///   row_scales: v = v * row_scales[r]
+///   then ops in order
+///   out: out[r][c] = v, or out_int8[r][c] = clamp(rne(v / out_scale) + out_zero, -128, 127); NaN becomes out_zero
+struct EpilogueArgs {
+  const float* acc = nullptr;
+  std::size_t acc_stride = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  const float* row_scales = nullptr;
+  const float* row_zeros = nullptr;
+  const float* channel_sums = nullptr;
+  const EpilogueOp* ops = nullptr;
+  std::size_t op_count = 0;
+  float* out = nullptr;
+  std::int8_t* out_int8 = nullptr;
+  std::size_t out_stride = 0;    // elements
+  float out_scale = 1.0F;
+  std::int32_t out_zero = 0;
+};
+
+/// Range of a line of floats.
+struct LineRange {
+  float min = 0.0F;
+  float max = 0.0F;
+  bool finite = true;            // false: some element is NaN or Inf; min and max then say nothing
+};
+
+/// Codes of a line on one grid: q = clamp(rne(x / scale) + zero, qmin, qmax), sum and clamp in float.
+struct QuantizeLineArgs {
+  const float* x = nullptr;
+  std::size_t n = 0;
+  float scale = 1.0F;
+  float offset = 0.0F;           // float_offset: q = clamp(rne((x - offset) / scale), qmin, qmax)
+  std::int32_t zero = 0;
+  std::int32_t qmin = 0;
+  std::int32_t qmax = 0;
+  std::int8_t* q = nullptr;      // one code a byte (uint8 where qmin >= 0: the same bits)
+};
+
+/// Values of a line of codes on one grid: scale * float(q - zero); with an offset fma(scale, float(q), offset).
+struct DequantizeLineArgs {
+  const std::int8_t* q = nullptr;
+  std::size_t n = 0;
+  float scale = 1.0F;
+  bool has_offset = false;
+  float offset = 0.0F;
+  std::int32_t zero = 0;
+  float* x = nullptr;
+};
+
+}  // namespace detail
+}  // namespace NIBBLE_ABI
+}  // namespace nibble
