@@ -1,0 +1,20 @@
+# What Nibble's own tests, examples and benchmarks are compiled with. Users of nibble::nibble see none of it.
+option(NIBBLE_WERROR "Treat warnings in Nibble's own programs as errors" OFF)
+set(NIBBLE_SANITIZE "" CACHE STRING "Sanitizers for Nibble's own programs: 'address,undefined' or 'thread'")
+
+add_library(nibble_development INTERFACE)
+target_link_libraries(nibble_development INTERFACE nibble::nibble)
+target_compile_options(nibble_development INTERFACE -Wall -Wextra -Wconversion -Wshadow)
+if(NIBBLE_WERROR)
+  target_compile_options(nibble_development INTERFACE -Werror)
+endif()
+if(NIBBLE_SANITIZE)
+  # A finding ends the program, so that no test can pass over it.
+  target_compile_options(nibble_development INTERFACE -fsanitize=${NIBBLE_SANITIZE} -fno-sanitize-recover=all
+                                                      -fno-omit-frame-pointer -g1)
+  target_link_options(nibble_development INTERFACE -fsanitize=${NIBBLE_SANITIZE})
+endif()
+
+# Optional packages: JSON for safetensors, CLI11 for the nibble program.
+find_package(nlohmann_json QUIET)
+find_package(CLI11 QUIET)
