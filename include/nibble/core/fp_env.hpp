@@ -36,6 +36,19 @@ class FpEnvironment {
   FpEnvironment& operator=(const FpEnvironment&) = delete;
 };
 
+/// `v`, rounded here: keeps the compiler from contracting the operation that made v with the next one into an FMA.
+NIBBLE_ALWAYS_INLINE float rounded(float v) noexcept {
+#if NIBBLE_X86
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  volatile float fence = v;
+  v = fence;
+#endif
+  return v;
+}
+
 }  // namespace detail
 }  // namespace NIBBLE_ABI
 }  // namespace nibble

@@ -159,9 +159,9 @@ enum class EpilogueOpKind : std::uint8_t {
   bias,          // v + data[c]
   add,           // v + data[r * stride + c]
   multiply,      // v * data[r * stride + c]
-  relu,          // v > 0 ? v : (v is NaN ? v : 0)
+  relu,          // v <= 0 ? 0 : v (NaN stays)
   silu,          // v / (1 + exp(-v))
-  gelu,          // v / (1 + exp(-2u)), u = sqrt(2/pi) * (v + 0.044715 v^3)
+  gelu,          // v / (1 + exp(-2u)), u = sqrt(2/pi) * fma(0.044715, (v * v) * v, v): exp.hpp has the code
 };
 
 struct EpilogueOp {

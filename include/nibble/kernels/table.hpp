@@ -46,6 +46,8 @@ struct KernelTable {
   void (*gemv_dense)(const DenseGemvArgs&) noexcept = nullptr;
   void (*quantize_rows)(const QuantizeRowsArgs&) noexcept = nullptr;
   void (*epilogue)(const EpilogueArgs&) noexcept = nullptr;
+  /// out[i] = sum of q[16 i .. 16 i + 15], for n / 16 blocks; n is a multiple of 16.
+  void (*block_sums)(const std::int8_t* q, std::size_t n, std::int32_t* out) noexcept = nullptr;
 
   // Lines of elements.
   LineRange (*line_range)(const float* x, std::size_t n) noexcept = nullptr;

@@ -4,27 +4,13 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#include "nibble/core/abi.hpp"
+#include "nibble/core/fp_env.hpp"
+#include "nibble/formats/float_bits.hpp"
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail {
-
-/// `v`, fenced: a product that passes through here is rounded before an addition sees it. Compilers may otherwise
-/// contract a * b + c into one fma (GCC does by default where the target has it), which rounds differently.
-NIBBLE_ALWAYS_INLINE float rounded(float v) noexcept {
-#if NIBBLE_X86
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#else
-  volatile float fence = v;
-  v = fence;
-#endif
-  return v;
-}
 
 /// Constants of exp_reference, shared by the vector kernels.
 ///
@@ -46,17 +32,6 @@ struct ExpConstants {
   static constexpr float c6 = 0x1.6a23dp-10F;
 };
 
-inline float bits_to_float(std::uint32_t bits) noexcept {
-  float v = 0.0F;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-inline std::uint32_t float_to_bits(float v) noexcept {
-  std::uint32_t bits = 0;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
-
 /// exp(x) within 1.1 ulp over all floats; NaN stays NaN, overflow is Inf, underflow goes through the subnormals to 0.
 inline float exp_reference(float x) noexcept {
   using C = ExpConstants;
@@ -75,10 +50,10 @@ inline float exp_reference(float x) noexcept {
   p = std::fma(p, r, 1.0F);
   // 2^n in two factors, for n reaches from -150 to 128: the first product is exact, the second rounds once.
   const std::int32_t exponent =
-      static_cast<std::int32_t>(float_to_bits(shifted) - static_cast<std::uint32_t>(C::magic_bits));
+      static_cast<std::int32_t>(bits_from_float(shifted) - static_cast<std::uint32_t>(C::magic_bits));
   const std::int32_t half = exponent >> 1;
   const auto power = [](std::int32_t e) {
-    return bits_to_float((static_cast<std::uint32_t>(e) + 127U) << 23);
+    return float_from_bits((static_cast<std::uint32_t>(e) + 127U) << 23);
   };
   const auto rest = static_cast<std::int32_t>(static_cast<std::uint32_t>(exponent) - static_cast<std::uint32_t>(half));
   return rounded(rounded(p * power(half)) * power(rest));

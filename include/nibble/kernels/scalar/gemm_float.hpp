@@ -1,0 +1,61 @@
+// Float products, the oracle: one fma a k, k ascending.
+#pragma once
+
+#include <cmath>
+
+#include "nibble/kernels/args.hpp"
+#include "nibble/kernels/scalar/panel.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+namespace detail::scalar {
+
+inline constexpr std::size_t float_tile_rows = 4;
+
+inline void unpack(const UnpackArgs& a) noexcept {
+  for (std::size_t p = a.panel_begin; p < a.panel_end; ++p) {
+    float* out = a.out + (p - a.panel_begin) * a.out_panel_stride;
+    for (std::size_t k = a.k_begin; k < a.k_end; ++k)
+      for (std::size_t lane = 0; lane < panel_width; ++lane)
+        out[(k - a.k_begin) * panel_width + lane] = value_at(a.w, p, lane, k);
+  }
+}
+
+inline void gemm_float(const FloatGemmArgs& a) noexcept {
+  for (std::size_t r = 0; r < a.rows; ++r) {
+    const std::size_t tile = r / float_tile_rows;
+    const std::size_t left = a.rows - tile * float_tile_rows;
+    const std::size_t height = left < float_tile_rows ? left : float_tile_rows;
+    const float* x = a.x + tile * a.x_tile_stride + r % float_tile_rows;
+    for (std::size_t p = 0; p < a.panels; ++p)
+      for (std::size_t lane = 0; lane < panel_width; ++lane) {
+        float& out = a.acc[r * a.acc_stride + p * panel_width + lane];
+        float acc = a.accumulate ? out : 0.0F;
+        for (std::size_t k = 0; k < a.depth; ++k)
+          acc = std::fma(a.panels_data[p * a.panel_stride + k * panel_width + lane], x[k * height], acc);
+        out = acc;
+      }
+  }
+}
+
+inline void gemv_float(const FloatGemvArgs& a) noexcept {
+  for (std::size_t r = 0; r < a.rows; ++r)
+    for (std::size_t p = a.panel_begin; p < a.panel_end; ++p)
+      for (std::size_t lane = 0; lane < panel_width; ++lane) {
+        float acc = 0.0F;
+        for (std::size_t k = 0; k < a.w.k; ++k) acc = std::fma(value_at(a.w, p, lane, k), a.x[r * a.x_stride + k], acc);
+        a.acc[r * a.acc_stride + (p - a.panel_begin) * panel_width + lane] = acc;
+      }
+}
+
+inline void gemv_dense(const DenseGemvArgs& a) noexcept {
+  for (std::size_t i = 0; i < a.n; ++i) {
+    float acc = 0.0F;
+    for (std::size_t k = 0; k < a.k; ++k) acc = std::fma(a.a[k * a.lda + i], a.x[k * a.x_stride], acc);
+    a.y[i] = acc;
+  }
+}
+
+}  // namespace detail::scalar
+}  // namespace NIBBLE_ABI
+}  // namespace nibble

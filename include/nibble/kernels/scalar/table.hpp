@@ -1,0 +1,39 @@
+// The portable kernels: slow, plain, and the reference that every other table must equal.
+#pragma once
+
+#include "nibble/kernels/scalar/epilogue.hpp"
+#include "nibble/kernels/scalar/gemm_float.hpp"
+#include "nibble/kernels/scalar/gemm_int.hpp"
+#include "nibble/kernels/scalar/lines.hpp"
+#include "nibble/kernels/table.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+namespace detail::scalar {
+
+inline constexpr KernelTable table = [] {
+  KernelTable t;
+  t.isa = Isa::scalar;
+  t.float_tile_rows = float_tile_rows;
+  t.gemm_w8a8 = &gemm_int;
+  t.gemm_w4a8 = &gemm_int;
+  t.unpack = &unpack;
+  t.gemm_float = &gemm_float;
+  t.gemv_float = &gemv_float;
+  t.gemv_dense = &gemv_dense;
+  t.quantize_rows = &quantize_rows;
+  t.epilogue = &epilogue;
+  t.block_sums = &block_sums;
+  t.line_range = &line_range;
+  t.quantize_line = &quantize_line;
+  t.dequantize_line = &dequantize_line;
+  t.fp16_from_float = &fp16_from_float;
+  t.float_from_fp16 = &float_from_fp16;
+  t.bf16_from_float = &bf16_from_float;
+  t.float_from_bf16 = &float_from_bf16;
+  return t;
+}();
+
+}  // namespace detail::scalar
+}  // namespace NIBBLE_ABI
+}  // namespace nibble
