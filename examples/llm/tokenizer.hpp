@@ -125,19 +125,8 @@ class Tokenizer {
     }
     merges_.reserve(vocabulary_.merges.size());
     std::int32_t rank = 0;
-    std::string joined;
-    for (const std::string& merge : vocabulary_.merges) {
-      const std::size_t space = merge.find(' ', 1);
-      ++rank;
-      if (space == std::string::npos) continue;
-      const std::string_view whole = merge;
-      joined.assign(whole.substr(0, space)).append(whole.substr(space + 1));
-      const Token left = find(whole.substr(0, space));
-      const Token right = find(whole.substr(space + 1));
-      const Token result = find(joined);
-      if (left != no_token && right != no_token && result != no_token)
-        merges_.emplace(pair_key(left, right), Merge{rank, result});
-    }
+    for (const MergeRule& rule : vocabulary_.merges)
+      merges_.emplace(pair_key(rule.left, rule.right), Merge{rank++, rule.result});
   }
 
   void prepare_sentencepiece() {
