@@ -114,7 +114,8 @@ class AtomicFile {
     temporary_.clear();
     state_ = State::closed;
     // The new content is in place from here on; a directory that cannot be flushed only delays its durability.
-    const detail::FileDescriptor directory(::open(directory_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    const detail::FileDescriptor directory(
+        ::open(directory_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (directory.get() >= 0) (void)::fsync(directory.get());
   }
 
@@ -136,8 +137,7 @@ class AtomicFile {
   }
 
   void require_open() const {
-    if (state_ == State::failed)
-      detail::raise<IoError>("cannot write '" + path_ + "': an earlier write failed");
+    if (state_ == State::failed) detail::raise<IoError>("cannot write '" + path_ + "': an earlier write failed");
     detail::require(state_ == State::open, "AtomicFile: '", path_, "' was committed or moved from");
   }
 

@@ -96,8 +96,7 @@ class ByteReader {
 
   /// The next n bytes, which the cursor steps over.
   const std::uint8_t* take(std::uint64_t n, std::string_view what) {
-    if (n > remaining())
-      fail(concat(what, " needs ", n, " bytes, but only ", remaining(), " are left"));
+    if (n > remaining()) fail(concat(what, " needs ", n, " bytes, but only ", remaining(), " are left"));
     const std::uint8_t* at = here();
     position_ += static_cast<std::size_t>(n);
     return at;

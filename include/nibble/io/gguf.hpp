@@ -5,8 +5,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
+#include <set>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -42,7 +44,7 @@ enum class GgufValueType : std::uint32_t {
 };
 
 constexpr std::string_view name_of(GgufValueType type) noexcept {
-  constexpr std::string_view names[] = {"uint8",   "int8",   "uint16", "int16",  "uint32", "int32", "float32",
+  constexpr std::string_view names[] = {"uint8",   "int8",   "uint16", "int16",  "uint32", "int32",  "float32",
                                         "boolean", "string", "array",  "uint64", "int64",  "float64"};
   const auto i = static_cast<std::uint32_t>(type);
   return i < 13 ? names[i] : "?";
@@ -111,7 +113,8 @@ constexpr bool gguf_fits(V v) noexcept {
                                             : static_cast<std::uint64_t>(std::numeric_limits<T>::max());
     if constexpr (std::is_signed_v<V>) {
       // -min of a signed type is max + 1.
-      if (v < 0) return std::is_signed_v<T> && static_cast<std::uint64_t>(-(v + 1)) <= (to_float ? most - 1 : most);
+      if (v < 0)
+        return std::is_signed_v<T> && static_cast<std::uint64_t>(-(v + 1)) <= (to_float ? most - 1 : most);
     }
     return static_cast<std::uint64_t>(v) <= most;
   }
@@ -169,8 +172,8 @@ class GgufArray {
 
  private:
   [[noreturn]] void mismatch(std::string_view wanted) const {
-    detail::raise<FormatError>(detail::concat("GGUF metadata: an array of ", name_of(type_), " where ", wanted,
-                                              " are expected"));
+    detail::raise<FormatError>(
+        detail::concat("GGUF metadata: an array of ", name_of(type_), " where ", wanted, " are expected"));
   }
   template <class T, class V>
   void append_as(std::vector<T>& out, const std::uint8_t* p) const {
@@ -212,8 +215,9 @@ class GgufArray {
 };
 
 /// A metadata value. Its alternatives stand in the order of GgufValueType; strings and arrays point into the file.
-using GgufVariant = std::variant<std::uint8_t, std::int8_t, std::uint16_t, std::int16_t, std::uint32_t, std::int32_t,
-                                 float, bool, std::string_view, GgufArray, std::uint64_t, std::int64_t, double>;
+using GgufVariant =
+    std::variant<std::uint8_t, std::int8_t, std::uint16_t, std::int16_t, std::uint32_t, std::int32_t, float, bool,
+                 std::string_view, GgufArray, std::uint64_t, std::int64_t, double>;
 
 class GgufValue {
  public:
@@ -335,8 +339,7 @@ class GgufFile {
   template <class T>
   T get(std::string_view key) const {
     const GgufValue* value = find(key);
-    if (value == nullptr)
-      detail::raise<FormatError>(detail::concat("GGUF metadata: '", key, "' is missing"));
+    if (value == nullptr) detail::raise<FormatError>(detail::concat("GGUF metadata: '", key, "' is missing"));
     return convert<T>(key, *value);
   }
   /// The same, but `otherwise` where the key is missing. A value of a wrong type still throws.
@@ -382,9 +385,8 @@ class GgufFile {
   template <class Item>
   static std::size_t lookup(const std::vector<Item>& items, const std::vector<std::uint32_t>& order,
                             std::string_view Item::*name, std::string_view wanted) noexcept {
-    const auto at = std::lower_bound(order.begin(), order.end(), wanted, [&](std::uint32_t i, std::string_view w) {
-      return items[i].*name < w;
-    });
+    const auto at = std::lower_bound(order.begin(), order.end(), wanted,
+                                     [&](std::uint32_t i, std::string_view w) { return items[i].*name < w; });
     return at != order.end() && items[*at].*name == wanted ? *at : items.size();
   }
   template <class Item>
@@ -405,7 +407,8 @@ class GgufFile {
     const std::string_view name = read_string(in, what);
     if (name.size() > detail::gguf_max_name)
       in.fail(detail::concat("a ", what, " of ", name.size(), " bytes; at most 65535 are allowed"));
-    if (!detail::is_utf8(name)) in.fail(detail::concat("a ", what, " is not UTF-8: '", detail::printable(name), "'"));
+    if (!detail::is_utf8(name))
+      in.fail(detail::concat("a ", what, " is not UTF-8: '", detail::printable(name), "'"));
     return name;
   }
   static GgufValueType read_value_type(detail::ByteReader& in, std::string_view key) {
@@ -413,13 +416,16 @@ class GgufFile {
     if (raw > 12) in.fail(detail::concat("'", detail::printable(key), "' has the unknown value type ", raw));
     return static_cast<GgufValueType>(raw);
   }
-  static void check_bools(const detail::ByteReader& in, const std::uint8_t* p, std::size_t n, std::string_view key) {
+  static void check_bools(const detail::ByteReader& in, const std::uint8_t* p, std::size_t n,
+                          std::string_view key) {
     for (std::size_t i = 0; i < n; ++i)
-      if (p[i] > 1) in.fail(detail::concat("'", detail::printable(key), "' holds a boolean that is neither 0 nor 1"));
+      if (p[i] > 1)
+        in.fail(detail::concat("'", detail::printable(key), "' holds a boolean that is neither 0 nor 1"));
   }
   static GgufArray read_array(detail::ByteReader& in, std::string_view key, int depth) {
     if (depth > detail::gguf_max_nesting)
-      in.fail(detail::concat("'", detail::printable(key), "' nests arrays deeper than ", detail::gguf_max_nesting));
+      in.fail(
+          detail::concat("'", detail::printable(key), "' nests arrays deeper than ", detail::gguf_max_nesting));
     const GgufValueType type = read_value_type(in, key);
     const auto count = in.read<std::uint64_t>("an array's length");
     const std::uint8_t* begin = in.here();
@@ -468,7 +474,8 @@ class GgufFile {
     const auto called = [&] { return detail::concat("tensor '", detail::printable(tensor.name), "'"); };
     const auto rank = in.read<std::uint32_t>("a tensor's rank");
     if (rank > detail::gguf_max_rank)
-      in.fail(detail::concat(called(), " has ", rank, " dimensions; at most ", detail::gguf_max_rank, " are allowed"));
+      in.fail(
+          detail::concat(called(), " has ", rank, " dimensions; at most ", detail::gguf_max_rank, " are allowed"));
     tensor.rank = rank;
     // Every partial product must fit, also where a later dimension is 0.
     tensor.elements = 1;
@@ -611,6 +618,232 @@ inline std::vector<GgufArray> GgufArray::arrays() const {
   }
   return out;
 }
+
+/// Writes a GGUF file (version 3) tensor by tensor, so that a model larger than memory can be converted. In this order:
+/// metadata and tensor declarations, in any mix; then the data of every tensor in the order of declaration, in pieces
+/// of any size; then commit(). The path holds its old content until then, whatever fails (AtomicFile).
+///
+/// Misuse (a name twice, too many or missing bytes, a declaration after the first data) throws InvalidArgument.
+class GgufWriter {
+ public:
+  explicit GgufWriter(const std::string& path) : file_(path) {}
+
+  /// Adds a metadata entry, stored with the type that T says: bool, the integers, float, double, anything that
+  /// converts to std::string_view, a std::vector of these, or a GgufValue or GgufArray of another file.
+  /// "general.alignment", a uint32 power of two from 8 on, also sets the alignment of the data; 32 without it.
+  template <class T>
+  void add(std::string_view key, const T& value) {
+    require_header("add");
+    detail::require(!key.empty() && key.size() <= detail::gguf_max_name && detail::is_utf8(key),
+                    "GgufWriter: key '", detail::printable(key), "' is not 1 to 65535 bytes of UTF-8");
+    detail::require(keys_.insert(std::string(key)).second, "GgufWriter: key '", key, "' was added before");
+    if (key == "general.alignment") set_alignment(value);
+    put_string(entries_, key);
+    put_value(value);
+    ++entry_count_;
+  }
+
+  /// Adds every entry of another file.
+  void add_metadata(const GgufFile& from) {
+    for (const GgufEntry& entry : from.metadata()) add(entry.key, entry.value);
+  }
+
+  /// Announces a tensor. `dims` is in GGUF's order: a weight of n outputs by k inputs is {k, n}. At most 4 dimensions,
+  /// the first a multiple of the type's block; names have 1 to 63 bytes (ggml's limit).
+  void declare(std::string_view name, GgufType type, const std::vector<std::uint64_t>& dims) {
+    require_header("declare");
+    detail::require(!name.empty() && name.size() < 64 && detail::is_utf8(name), "GgufWriter: tensor name '",
+                    detail::printable(name), "' is not 1 to 63 bytes of UTF-8");
+    detail::require(dims.size() <= detail::gguf_max_rank, "GgufWriter: tensor '", name, "' has ", dims.size(),
+                    " dimensions, at most 4 are possible");
+    const GgufTypeInfo* info = gguf_type_info(type);
+    detail::require(info != nullptr, "GgufWriter: tensor '", name, "' has the unknown type ",
+                    static_cast<std::uint32_t>(type));
+    std::size_t elements = 1;
+    for (const std::uint64_t d : dims)
+      elements = detail::checked_mul(elements, static_cast<std::size_t>(d), "GgufWriter: size of a tensor");
+    const std::uint64_t line = dims.empty() ? 1 : dims[0];
+    detail::require(line % info->block_elements == 0, "GgufWriter: tensor '", name, "' has rows of ", line,
+                    ", expected a multiple of ", info->block_elements, " for ", info->name);
+    detail::require(names_.insert(std::string(name)).second, "GgufWriter: tensor '", name,
+                    "' was declared before");
+    tensors_.push_back({std::string(name), type, dims, gguf_bytes(type, elements)});
+  }
+  void declare(const GgufTensor& like) {
+    declare(like.name, like.type, {like.dims.begin(), like.dims.begin() + static_cast<std::ptrdiff_t>(like.rank)});
+  }
+
+  /// Appends bytes to the tensor whose turn it is; they may not reach beyond its end.
+  void write(const void* bytes, std::size_t size) {
+    write_header();
+    if (size == 0) return;
+    skip_empty();
+    detail::require(current_ < tensors_.size(), "GgufWriter: data beyond the last declared tensor");
+    const Declared& tensor = tensors_[current_];
+    detail::require(size <= tensor.bytes - filled_, "GgufWriter: tensor '", tensor.name, "' takes ", tensor.bytes,
+                    " bytes, ", filled_, " are written and ", size, " more given");
+    file_.write(bytes, size);
+    filled_ += size;
+    if (filled_ == tensor.bytes) finish_tensor();
+  }
+
+  /// Appends floats, a whole number of blocks, encoded to the type of the tensor whose turn it is (gguf_quantize).
+  void write_floats(const float* values, std::size_t count) {
+    write_header();
+    if (count == 0) return;
+    skip_empty();
+    detail::require(current_ < tensors_.size(), "GgufWriter: data beyond the last declared tensor");
+    const GgufType type = tensors_[current_].type;
+    // Nothing is written of a piece that does not fit.
+    detail::require(gguf_bytes(type, count) <= tensors_[current_].bytes - filled_, "GgufWriter: tensor '",
+                    tensors_[current_].name, "' does not take ", count, " more values");
+    constexpr std::size_t chunk = 8192;
+    std::vector<std::uint8_t> encoded(gguf_bytes(type, std::min(count, chunk)));
+    for (std::size_t i = 0; i < count; i += chunk) {
+      const std::size_t n = std::min(chunk, count - i);
+      gguf_quantize(type, values + i, n, encoded.data());
+      write(encoded.data(), gguf_bytes(type, n));
+    }
+  }
+
+  /// All bytes of one tensor, which must be the next in order and not begun.
+  void write_tensor(std::string_view name, const void* bytes, std::size_t size) {
+    write_header();
+    require_turn(name);
+    detail::require(size == tensors_[current_].bytes, "GgufWriter: tensor '", name, "' takes ",
+                    tensors_[current_].bytes, " bytes, ", size, " given");
+    if (size == 0)
+      finish_tensor();
+    else
+      write(bytes, size);
+  }
+
+  /// Completes the file and puts it in place.
+  void commit() {
+    write_header();
+    skip_empty();
+    detail::require(current_ == tensors_.size(), "GgufWriter: tensor '",
+                    current_ < tensors_.size() ? tensors_[current_].name : std::string(), "' is not complete");
+    file_.commit();
+  }
+
+ private:
+  struct Declared {
+    std::string name;
+    GgufType type;
+    std::vector<std::uint64_t> dims;
+    std::size_t bytes;
+  };
+
+  template <class T>
+  static void put(std::string& to, T value) {
+    char bytes[sizeof(T)];
+    std::memcpy(bytes, &value, sizeof(T));
+    to.append(bytes, sizeof(T));
+  }
+  static void put_string(std::string& to, std::string_view text) {
+    put(to, static_cast<std::uint64_t>(text.size()));
+    to.append(text);
+  }
+  static void put_type(std::string& to, GgufValueType type) { put(to, static_cast<std::uint32_t>(type)); }
+
+  template <class T>
+  void put_plain(const T& value) {
+    if constexpr (std::is_same_v<T, bool>)
+      put(entries_, static_cast<std::uint8_t>(value));
+    else if constexpr (std::is_arithmetic_v<T>)
+      put(entries_, value);
+    else
+      put_string(entries_, value);
+  }
+  template <class T>
+  void put_value(const T& value) {
+    put_type(entries_, detail::gguf_value_type_of<T>());
+    put_plain(value);
+  }
+  template <class T>
+  void put_value(const std::vector<T>& values) {
+    put_type(entries_, GgufValueType::array);
+    put_type(entries_, detail::gguf_value_type_of<T>());
+    put(entries_, static_cast<std::uint64_t>(values.size()));
+    for (std::size_t i = 0; i < values.size(); ++i) put_plain<T>(values[i]);
+  }
+  void put_value(const GgufArray& array) {
+    put_type(entries_, GgufValueType::array);
+    put_type(entries_, array.element_type());
+    put(entries_, static_cast<std::uint64_t>(array.size()));
+    if (array.raw_bytes() != 0) entries_.append(reinterpret_cast<const char*>(array.raw()), array.raw_bytes());
+  }
+  void put_value(const GgufValue& value) {
+    std::visit([this](const auto& stored) { put_value(stored); }, value.variant());
+  }
+
+  template <class T>
+  void set_alignment(const T& value) {
+    std::uint32_t wanted = 0;
+    if constexpr (std::is_same_v<T, GgufValue>) {
+      if (value.type() == GgufValueType::uint32) value.get(wanted);
+    } else if constexpr (std::is_same_v<T, std::uint32_t>) {
+      wanted = value;
+    }
+    detail::require(wanted >= 8 && (wanted & (wanted - 1)) == 0 && wanted <= detail::gguf_max_alignment,
+                    "GgufWriter: general.alignment must be a uint32 power of two from 8 to 2^30");
+    alignment_ = wanted;
+  }
+
+  void require_header(std::string_view what) const {
+    detail::require(!header_written_, "GgufWriter: ", what, " after the first data");
+  }
+  void require_turn(std::string_view name) const {
+    const bool known = current_ < tensors_.size();
+    detail::require(known && tensors_[current_].name == name && filled_ == 0, "GgufWriter: data of tensor '", name,
+                    "' given where '", known ? tensors_[current_].name : std::string("(none)"), "' is due");
+  }
+
+  void write_header() {
+    if (header_written_) return;
+    std::string head = "GGUF";
+    put(head, std::uint32_t{3});
+    put(head, static_cast<std::uint64_t>(tensors_.size()));
+    put(head, entry_count_);
+    head += entries_;
+    std::size_t offset = 0;
+    for (const Declared& tensor : tensors_) {
+      put_string(head, tensor.name);
+      put(head, static_cast<std::uint32_t>(tensor.dims.size()));
+      for (const std::uint64_t d : tensor.dims) put(head, d);
+      put(head, static_cast<std::uint32_t>(tensor.type));
+      put(head, static_cast<std::uint64_t>(offset));
+      offset = detail::checked_add(offset, tensor.bytes, "GgufWriter: size of the file");
+      offset =
+          detail::checked_add(offset, alignment_ - 1, "GgufWriter: size of the file") / alignment_ * alignment_;
+    }
+    file_.write(head);
+    pad();
+    header_written_ = true;
+    entries_ = {};
+  }
+  void pad() { file_.write_zeros((alignment_ - file_.position() % alignment_) % alignment_); }
+  void finish_tensor() {
+    pad();
+    ++current_;
+    filled_ = 0;
+  }
+  void skip_empty() {
+    while (current_ < tensors_.size() && tensors_[current_].bytes == 0) finish_tensor();
+  }
+
+  AtomicFile file_;
+  std::string entries_;
+  std::uint64_t entry_count_ = 0;
+  std::size_t alignment_ = 32;
+  std::set<std::string> keys_;
+  std::set<std::string> names_;
+  std::vector<Declared> tensors_;
+  bool header_written_ = false;
+  std::size_t current_ = 0;
+  std::size_t filled_ = 0;
+};
 
 }  // namespace NIBBLE_ABI
 }  // namespace nibble

@@ -140,7 +140,7 @@ inline void gguf_k_scale_min(const std::uint8_t* s, std::size_t j, unsigned& sca
 /// none gives the same bits.
 struct GgufBlock {
   std::size_t elements = 0;
-  std::size_t group = 0;    // codes that share a scale
+  std::size_t group = 0;  // codes that share a scale
   bool has_offset = false;
   float scale[16];
   float offset[8];
@@ -316,7 +316,8 @@ inline const GgufTypeInfo& gguf_require_type(GgufType type, bool GgufTypeInfo::*
   const GgufTypeInfo* info = gguf_type_info(type);
   if (info == nullptr || !(info->*able))
     raise<Unsupported>(concat(function, ": GGUF type ", static_cast<std::uint32_t>(type), " (", name_of(type),
-                              ") is not one that Nibble can ", able == &GgufTypeInfo::decodes ? "decode" : "encode"));
+                              ") is not one that Nibble can ",
+                              able == &GgufTypeInfo::decodes ? "decode" : "encode"));
   return *info;
 }
 
@@ -382,11 +383,9 @@ inline void gguf_quantize(GgufType type, const float* x, std::size_t elements, v
   if (type == GgufType::f32) {
     detail::copy_bytes(p, x, elements * 4);
   } else if (type == GgufType::f16) {
-    for (std::size_t i = 0; i < elements; ++i)
-      detail::store_unaligned(p + 2 * i, fp16_from_float(x[i]));
+    for (std::size_t i = 0; i < elements; ++i) detail::store_unaligned(p + 2 * i, fp16_from_float(x[i]));
   } else if (type == GgufType::bf16) {
-    for (std::size_t i = 0; i < elements; ++i)
-      detail::store_unaligned(p + 2 * i, bf16_from_float(x[i]));
+    for (std::size_t i = 0; i < elements; ++i) detail::store_unaligned(p + 2 * i, bf16_from_float(x[i]));
   } else {
     for (std::size_t i = 0; i < elements; ++i)
       detail::require(std::fabs(x[i]) <= std::numeric_limits<float>::max(), "gguf_quantize: element ", i, " is ",

@@ -93,9 +93,8 @@ class MappedFile {
     void* memory = ::mmap(nullptr, file.size_, PROT_READ, flags, fd.get(), 0);
     if (memory == MAP_FAILED) fail("map", path, errno);
     const std::size_t size = file.size_;
-    file.owner_ = std::shared_ptr<const void>(memory, [size](const void* p) {
-      ::munmap(const_cast<void*>(p), size);
-    });
+    file.owner_ =
+        std::shared_ptr<const void>(memory, [size](const void* p) { ::munmap(const_cast<void*>(p), size); });
     file.data_ = static_cast<const std::uint8_t*>(memory);
     file.advise(options.access);
     return file;
