@@ -1,4 +1,4 @@
-// Codes to values and back, a line at a time: the one place where a scheme meets the kernels.
+// Values to codes and back, a run at a time: the one place where a scheme meets the kernels.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +32,7 @@ struct ParamStorage {
   ScaleType scale_type = ScaleType::fp32;
   const void* scales = nullptr;
   const void* zeros = nullptr;
+  CodeRange codes;  // for encoding
 
   Grid grid(std::size_t p) const noexcept {
     Grid g;
@@ -52,31 +53,59 @@ inline float decode(const ParamStorage& params, const Grid& g, int code) noexcep
   return rounded(g.scale * static_cast<float>(code - g.zero));
 }
 
-/// Values of codes [begin, begin + n) of a line, one code a byte at `codes`, to `out`.
-inline void decode_run(const ParamStorage& params, const LineParams& line, std::size_t begin, const std::int8_t* codes,
-                       std::size_t n, float* out) {
-  for (std::size_t i = 0; i < n;) {
-    const Grid g = params.grid(line.index(begin + i));
-    if (line.per_element()) {
-      out[i] = decode(params, g, codes[i]);
-      ++i;
-      continue;
+inline std::int8_t encode(const ParamStorage& params, const Grid& g, float x) noexcept {
+  if (params.format == Format::nf4) return static_cast<std::int8_t>(nf4_from_float(rounded(x / g.scale)));
+  const float ratio = rounded(rounded(x - g.offset) / g.scale);
+  return static_cast<std::int8_t>(scalar::to_code(ratio, g.zero, params.codes.min, params.codes.max));
+}
+
+/// Elements from `i` on, up to n, that share element i's parameter.
+inline std::size_t run_length(const LineParams& line, std::size_t i, std::size_t n) noexcept {
+  return line.step == 0 ? n - i : std::min(n - i, line.div - i % line.div);
+}
+
+/// Codes of elements [begin, end) of a line, one code a byte, from x[0 .. end - begin).
+inline void encode_line(const ParamStorage& params, const LineParams& line, std::size_t begin, std::size_t end,
+                        const float* x, std::int8_t* codes) {
+  for (std::size_t i = begin, run; i < end; i += run, x += run, codes += run) {
+    const Grid g = params.grid(line.index(i));
+    run = run_length(line, i, end);
+    if (params.format == Format::nf4 || run == 1) {
+      for (std::size_t j = 0; j < run; ++j) codes[j] = encode(params, g, x[j]);
+    } else {
+      QuantizeLineArgs args;
+      args.x = x;
+      args.n = run;
+      args.scale = g.scale;
+      args.offset = g.offset;
+      args.zero = g.zero;
+      args.qmin = params.codes.min;
+      args.qmax = params.codes.max;
+      args.q = codes;
+      kernels().quantize_line(args);
     }
-    const std::size_t run = line.step == 0 ? n - i : std::min(n - i, line.div - (begin + i) % line.div);
-    if (params.format == Format::nf4) {
-      for (std::size_t j = i; j < i + run; ++j) out[j] = decode(params, g, codes[j]);
+  }
+}
+
+/// Values of elements [begin, end) of a line, from codes[0 .. end - begin), one code a byte, to out[0 .. end - begin).
+inline void decode_line(const ParamStorage& params, const LineParams& line, std::size_t begin, std::size_t end,
+                        const std::int8_t* codes, float* out) {
+  for (std::size_t i = begin, run; i < end; i += run, codes += run, out += run) {
+    const Grid g = params.grid(line.index(i));
+    run = run_length(line, i, end);
+    if (params.format == Format::nf4 || run == 1) {
+      for (std::size_t j = 0; j < run; ++j) out[j] = decode(params, g, codes[j]);
     } else {
       DequantizeLineArgs args;
-      args.q = codes + i;
+      args.q = codes;
       args.n = run;
       args.scale = g.scale;
       args.has_offset = params.symmetry == Symmetry::float_offset;
       args.offset = g.offset;
       args.zero = g.zero;
-      args.x = out + i;
+      args.x = out;
       kernels().dequantize_line(args);
     }
-    i += run;
   }
 }
 

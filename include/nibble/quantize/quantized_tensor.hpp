@@ -11,9 +11,50 @@
 #include "nibble/core/fp_env.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/scheme.hpp"
+#include "nibble/quantize/strided.hpp"
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
+
+namespace detail {
+
+/// Where codes and parameters of a tensor lie, and how many bytes they take.
+struct CodeLayout {
+  Scheme scheme;  // resolved
+  Shape shape;
+  ParamLayout params;
+  std::size_t line_count = 1;
+  std::size_t line_length = 1;
+  std::size_t line_bytes = 0;
+
+  CodeLayout() = default;
+
+  /// Throws InvalidArgument for a scheme that does not fit the shape and for sizes that overflow.
+  CodeLayout(const Scheme& wanted, Shape lengths) : scheme(resolve(wanted, lengths)), shape(std::move(lengths)) {
+    checked_mul(element_count(shape), 4, "shape");
+    for (std::size_t d = 0; d + 1 < shape.size(); ++d) line_count = checked_mul(line_count, shape[d], "shape");
+    if (!shape.empty()) line_length = shape.back();
+    const unsigned bits = bits_of(scheme.format);
+    line_bytes = bits == 4 ? ceil_div(line_length, 2) : checked_mul(line_length, bits / 8, "shape");
+    checked_mul(line_count, line_bytes, "shape");
+    params = ParamLayout(scheme.granularity, shape);
+    checked_mul(params.count(), 4, "number of scales");
+  }
+
+  std::size_t param_count() const noexcept { return has_scales(scheme.format) ? params.count() : 0; }
+  std::size_t code_bytes() const noexcept { return line_count * line_bytes; }
+  std::size_t scale_bytes() const noexcept { return param_count() * bytes_of(scheme.scale_type); }
+  std::size_t zero_bytes() const noexcept {
+    if (scheme.symmetry == Symmetry::asymmetric) return param_count();
+    return scheme.symmetry == Symmetry::float_offset ? scale_bytes() : 0;
+  }
+
+  ParamStorage storage(const void* scales, const void* zeros) const noexcept {
+    return {scheme.format, scheme.symmetry, scheme.scale_type, scales, zeros, code_range(scheme)};
+  }
+};
+
+}  // namespace detail
 
 /// A quantized tensor of any rank, stored in C order whatever the order of the input was. Immutable; copies share
 /// the memory.
@@ -33,7 +74,7 @@ inline namespace NIBBLE_ABI {
 class QuantizedTensor {
  public:
   /// An fp32 tensor of shape (0).
-  QuantizedTensor() : shape_{0}, line_count_(1) {}
+  QuantizedTensor() : layout_(Scheme{}, {0}) {}
 
   /// Puts a tensor together from its parts, e.g. out of a file; the buffers may be borrowed and of any alignment.
   /// Sizes in bytes must be exactly line_count * line_bytes, param_count * bytes_of(scale_type), and for zeros
@@ -42,7 +83,8 @@ class QuantizedTensor {
   /// is not finite (negative scales are fine), an int4 zero point beyond 0..15.
   static QuantizedTensor from_parts(const Scheme& scheme, Shape shape, Buffer codes, Buffer scales = {},
                                     Buffer zeros = {}) {
-    QuantizedTensor t = describe(scheme, std::move(shape));
+    QuantizedTensor t;
+    t.layout_ = detail::CodeLayout(scheme, std::move(shape));
     t.codes_ = std::move(codes);
     t.scales_ = std::move(scales);
     t.zeros_ = std::move(zeros);
@@ -51,29 +93,29 @@ class QuantizedTensor {
   }
 
   /// Canonical: the axis counts from the front, and the formats without scales are per_tensor and symmetric.
-  const Scheme& scheme() const noexcept { return scheme_; }
-  Format format() const noexcept { return scheme_.format; }
-  const Shape& shape() const noexcept { return shape_; }
-  std::size_t rank() const noexcept { return shape_.size(); }
+  const Scheme& scheme() const noexcept { return layout_.scheme; }
+  Format format() const noexcept { return layout_.scheme.format; }
+  const Shape& shape() const noexcept { return layout_.shape; }
+  std::size_t rank() const noexcept { return layout_.shape.size(); }
   /// Number of elements.
-  std::size_t size() const noexcept { return line_count_ * line_length(); }
+  std::size_t size() const noexcept { return layout_.line_count * layout_.line_length; }
   bool empty() const noexcept { return size() == 0; }
 
-  std::size_t line_count() const noexcept { return line_count_; }
+  std::size_t line_count() const noexcept { return layout_.line_count; }
   /// Elements of a line.
-  std::size_t line_length() const noexcept { return shape_.empty() ? 1 : shape_.back(); }
+  std::size_t line_length() const noexcept { return layout_.line_length; }
   /// Bytes from one line's codes to the next's.
-  std::size_t line_bytes() const noexcept { return line_bytes_; }
+  std::size_t line_bytes() const noexcept { return layout_.line_bytes; }
 
   /// Number of scales; 0 for the formats without.
-  std::size_t param_count() const noexcept { return has_scales(format()) ? layout_.count() : 0; }
+  std::size_t param_count() const noexcept { return layout_.param_count(); }
   /// Empty for per_tensor; (channels) for per_channel; for per_group the tensor's shape with the axis' length replaced
   /// by the number of groups.
-  const Shape& param_shape() const noexcept { return layout_.shape(); }
+  const Shape& param_shape() const noexcept { return layout_.params.shape(); }
   /// The parameter that element i of line l uses.
-  std::size_t param_index(std::size_t l, std::size_t i) const noexcept { return layout_.line(l).index(i); }
+  std::size_t param_index(std::size_t l, std::size_t i) const noexcept { return layout_.params.line(l).index(i); }
   /// The same for a whole line.
-  detail::LineParams line_params(std::size_t l) const noexcept { return layout_.line(l); }
+  detail::LineParams line_params(std::size_t l) const noexcept { return layout_.params.line(l); }
 
   const Buffer& codes() const noexcept { return codes_; }
   const Buffer& scales() const noexcept { return scales_; }
@@ -104,32 +146,37 @@ class QuantizedTensor {
   }
 
   /// First byte of line l's codes.
-  const std::uint8_t* line_data(std::size_t l) const noexcept { return codes_.data() + l * line_bytes_; }
+  const std::uint8_t* line_data(std::size_t l) const noexcept { return codes_.data() + l * layout_.line_bytes; }
 
-  /// Values of elements [begin, begin + n) of line l, to `out`. begin is even for the 4-bit formats.
-  void dequantize_line(std::size_t l, std::size_t begin, std::size_t n, float* out) const {
+  /// Values of elements [begin, end) of line l, to out[0 .. end - begin). begin is even for the 4-bit formats.
+  void dequantize_line(std::size_t l, std::size_t begin, std::size_t end, float* out) const {
     const detail::FpEnvironment environment;
     const std::uint8_t* line = line_data(l);
-    const detail::LineParams where = layout_.line(l);
+    const detail::LineParams where = layout_.params.line(l);
     switch (format()) {
-      case Format::fp32: std::memcpy(out, line + begin * 4, n * 4); return;
+      case Format::fp32: std::memcpy(out, line + begin * 4, (end - begin) * 4); return;
       case Format::fp16:
-      case Format::bf16:
-        for (std::size_t i = 0; i < n; ++i) {
-          const auto bits = detail::scalar::load<std::uint16_t>(line, begin + i);
-          out[i] = format() == Format::fp16 ? float_from_fp16(bits) : float_from_bf16(bits);
+      case Format::bf16: {
+        const auto convert =
+            format() == Format::fp16 ? detail::kernels().float_from_fp16 : detail::kernels().float_from_bf16;
+        std::uint16_t bits[chunk / 2];  // codes in a mapped file may lie at odd addresses
+        for (std::size_t i = begin, n; i < end; i += n, out += n) {
+          n = std::min(end - i, chunk / 2);
+          std::memcpy(bits, line + i * 2, n * 2);
+          convert(bits, n, out);
         }
         return;
+      }
       case Format::int8:
-        detail::decode_run(params(), where, begin, reinterpret_cast<const std::int8_t*>(line) + begin, n, out);
+        detail::decode_line(params(), where, begin, end, reinterpret_cast<const std::int8_t*>(line) + begin, out);
         return;
       case Format::int4:
       case Format::nf4: {
-        std::uint8_t unpacked[chunk];
-        for (std::size_t i = 0; i < n; i += chunk) {
-          const std::size_t count = std::min(n - i, chunk);
-          detail::unpack_nibbles(line + (begin + i) / 2, count, unpacked);
-          detail::decode_run(params(), where, begin + i, reinterpret_cast<const std::int8_t*>(unpacked), count, out + i);
+        std::uint8_t bytes[chunk];
+        for (std::size_t i = begin, n; i < end; i += n, out += n) {
+          n = std::min(end - i, chunk);
+          detail::unpack_nibbles(line + i / 2, n, bytes);
+          detail::decode_line(params(), where, i, i + n, reinterpret_cast<const std::int8_t*>(bytes), out);
         }
         return;
       }
@@ -139,52 +186,39 @@ class QuantizedTensor {
   /// Values of row r < shape()[0] of a matrix, shape()[1] floats to `out`.
   void dequantize_row(std::size_t r, float* out) const {
     detail::require(rank() == 2, "dequantize_row: tensor has ", rank(), " dimensions, expected 2");
-    detail::require(r < shape_[0], "dequantize_row: row ", r, " of ", shape_[0]);
+    detail::require(r < shape()[0], "dequantize_row: row ", r, " of ", shape()[0]);
     dequantize_line(r, 0, line_length(), out);
   }
 
   /// All values in C order: size() floats to `out`.
   void dequantize(float* out) const {
-    for (std::size_t l = 0; l < line_count_; ++l, out += line_length()) dequantize_line(l, 0, line_length(), out);
+    for (std::size_t l = 0; l < line_count(); ++l, out += line_length()) dequantize_line(l, 0, line_length(), out);
   }
 
-  /// All values to out[i0 * strides[0] + i1 * strides[1] + ...], strides in floats, one a dimension.
-  void dequantize(float* out, const std::vector<std::ptrdiff_t>& strides) const;
+  /// All values to floats of the same shape, in any order. Throws InvalidArgument where the shapes differ.
+  void dequantize(const detail::OutputView& out) const {
+    const Shape target = out.layout.shape();
+    detail::require(target == shape(), "dequantize: output has shape ", detail::shape_text(target),
+                    ", the tensor ", detail::shape_text(shape()));
+    detail::LineWriter writer(out);
+    detail::for_each_block(out.layout, [&](const detail::LineBlock& block) {
+      for (std::size_t l = 0; l < block.count; ++l)
+        dequantize_line(block.first + l * block.step, 0, line_length(), writer.line(block, l));
+      writer.finish(block);
+    });
+  }
 
  private:
-  static constexpr std::size_t chunk = 512;  // codes of a 4-bit line that are unpacked at a time
-
-  /// Everything but the buffers.
-  static QuantizedTensor describe(const Scheme& scheme, Shape shape) {
-    QuantizedTensor t;
-    t.scheme_ = detail::resolve(scheme, shape);
-    t.shape_ = std::move(shape);
-    detail::checked_mul(detail::element_count(t.shape_), 4, "shape");
-    t.line_count_ = 1;
-    for (std::size_t d = 0; d + 1 < t.shape_.size(); ++d)
-      t.line_count_ = detail::checked_mul(t.line_count_, t.shape_[d], "shape");
-    const std::size_t length = t.line_length();
-    const unsigned bits = bits_of(t.format());
-    t.line_bytes_ = bits == 4 ? detail::ceil_div(length, 2) : detail::checked_mul(length, bits / 8, "shape");
-    t.layout_ = detail::ParamLayout(t.scheme_.granularity, t.shape_);
-    detail::checked_mul(t.layout_.count(), 4, "number of scales");
-    return t;
-  }
-
-  std::size_t scale_bytes() const noexcept { return param_count() * bytes_of(scheme_.scale_type); }
-  std::size_t zero_bytes() const noexcept {
-    if (scheme_.symmetry == Symmetry::asymmetric) return param_count();
-    return scheme_.symmetry == Symmetry::float_offset ? scale_bytes() : 0;
-  }
+  static constexpr std::size_t chunk = 512;  // codes that are unpacked at a time
 
   void validate() const {
     const auto check_size = [this](std::string_view what, std::size_t actual, std::size_t expected) {
-      detail::require(actual == expected, what, " of a ", name_of(format()), " tensor of shape ",
-                      detail::shape_text(shape_), " take ", expected, " bytes, the buffer has ", actual);
+      detail::require(actual == expected, what, " of a tensor of format ", name_of(format()), " and shape ",
+                      detail::shape_text(shape()), " take ", expected, " bytes, the buffer has ", actual);
     };
-    check_size("codes", codes_.size(), detail::checked_mul(line_count_, line_bytes_, "shape"));
-    check_size("scales", scales_.size(), scale_bytes());
-    check_size("zeros", zeros_.size(), zero_bytes());
+    check_size("codes", codes_.size(), layout_.code_bytes());
+    check_size("scales", scales_.size(), layout_.scale_bytes());
+    check_size("zeros", zeros_.size(), layout_.zero_bytes());
     for (std::size_t p = 0; p < param_count(); ++p) {
       const Grid g = grid(p);
       detail::require(detail::scalar::is_finite(g.scale), "scale ", p, " is not finite");
@@ -194,37 +228,13 @@ class QuantizedTensor {
     }
   }
 
-  detail::ParamStorage params() const noexcept {
-    return {scheme_.format, scheme_.symmetry, scheme_.scale_type, scales_.data(), zeros_.data()};
-  }
+  detail::ParamStorage params() const noexcept { return layout_.storage(scales_.data(), zeros_.data()); }
 
-  Scheme scheme_;
-  Shape shape_;
-  detail::ParamLayout layout_;
-  std::size_t line_count_ = 0;
-  std::size_t line_bytes_ = 0;
+  detail::CodeLayout layout_;
   Buffer codes_;
   Buffer scales_;
   Buffer zeros_;
 };
-
-inline void QuantizedTensor::dequantize(float* out, const std::vector<std::ptrdiff_t>& strides) const {
-  detail::require(strides.size() == rank(), "dequantize: ", strides.size(), " strides for a tensor of ", rank(),
-                  " dimensions");
-  Shape index(rank(), 0);
-  std::vector<float> line(line_length());
-  const std::ptrdiff_t step = strides.empty() ? 1 : strides.back();
-  for (std::size_t l = 0; l < line_count_; ++l) {
-    float* target = out;
-    for (std::size_t d = 0; d + 1 < rank(); ++d) target += static_cast<std::ptrdiff_t>(index[d]) * strides[d];
-    dequantize_line(l, 0, line.size(), line.data());
-    for (std::size_t i = 0; i < line.size(); ++i) target[static_cast<std::ptrdiff_t>(i) * step] = line[i];
-    for (std::size_t d = rank() - 1; d-- > 0;) {
-      if (++index[d] < shape_[d]) break;
-      index[d] = 0;
-    }
-  }
-}
 
 }  // namespace NIBBLE_ABI
 }  // namespace nibble

@@ -19,7 +19,7 @@ struct Granularity {
     per_group = 2,    ///< runs of `group_size` along `axis`, everything else fixed; the last run may be shorter
   };
   Kind kind = Kind::per_tensor;
-  int axis = 0;                ///< negative counts from the end: -1 is the last dimension, the contraction axis of weights
+  int axis = 0;  ///< negative counts from the end: -1 is the last dimension, the contraction axis of weights
   std::size_t group_size = 0;  ///< elements; a multiple of 16 where kind is per_group, else 0
 
   static constexpr Granularity per_tensor() noexcept { return {}; }
@@ -90,11 +90,14 @@ inline std::size_t element_count(const Shape& shape) {
 inline Scheme resolve(const Scheme& scheme, const Shape& shape) {
   using Kind = Granularity::Kind;
   require(scheme.format <= Format::nf4, "scheme: unknown format ", static_cast<int>(scheme.format));
-  require(scheme.symmetry <= Symmetry::float_offset, "scheme: unknown symmetry ", static_cast<int>(scheme.symmetry));
-  require(scheme.scale_type <= ScaleType::bf16, "scheme: unknown scale type ", static_cast<int>(scheme.scale_type));
+  require(scheme.symmetry <= Symmetry::float_offset, "scheme: unknown symmetry ",
+          static_cast<int>(scheme.symmetry));
+  require(scheme.scale_type <= ScaleType::bf16, "scheme: unknown scale type ",
+          static_cast<int>(scheme.scale_type));
   require(scheme.granularity.kind <= Kind::per_group, "scheme: unknown granularity ",
           static_cast<int>(scheme.granularity.kind));
-  require(shape.size() <= max_rank, "tensor has ", shape.size(), " dimensions, at most ", max_rank, " are possible");
+  require(shape.size() <= max_rank, "tensor has ", shape.size(), " dimensions, at most ", max_rank,
+          " are possible");
   if (!has_scales(scheme.format)) return {scheme.format, Symmetry::symmetric, {}, ScaleType::fp32, false};
 
   require(is_integer(scheme.format) || scheme.symmetry == Symmetry::symmetric, "scheme: ", name_of(scheme.format),
@@ -107,7 +110,8 @@ inline Scheme resolve(const Scheme& scheme, const Shape& shape) {
     return r;
   }
   const int rank = static_cast<int>(shape.size());
-  require(g.axis >= -rank && g.axis < rank, "scheme: axis ", g.axis, " does not exist in shape ", shape_text(shape));
+  require(g.axis >= -rank && g.axis < rank, "scheme: axis ", g.axis, " does not exist in shape ",
+          shape_text(shape));
   if (g.axis < 0) g.axis += rank;
   if (g.kind == Kind::per_channel) {
     g.group_size = 0;
