@@ -15,6 +15,8 @@ inline namespace NIBBLE_ABI {
 class Workspace {
  public:
   Workspace() = default;
+  Workspace(Workspace&&) = default;
+  Workspace& operator=(Workspace&&) = default;
   /// Starts with room for `bytes`.
   explicit Workspace(std::size_t bytes) { reserve(bytes); }
 

@@ -1,0 +1,142 @@
+// Activations as INT8 codes, one scale a token.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "nibble/core/fp_env.hpp"
+#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/gemm/view.hpp"
+#include "nibble/gemm/workspace.hpp"
+#include "nibble/kernels/dispatch.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+
+/// What a product computes with.
+enum class Activations : std::uint8_t {
+  automatic,        ///< int8 for int8 and int4 weights, fp32 for the others
+  fp32,             ///< floats; the product equals that of the dequantized weights
+  int8,             ///< quantized inside, symmetric, one scale a token
+  int8_asymmetric,  ///< quantized inside with a zero point a token
+};
+
+namespace detail {
+
+/// Quantized activations as drivers see them.
+struct ActivationView {
+  const std::int8_t* codes = nullptr;       // [tokens][stride], zero from k on
+  std::size_t stride = 0;
+  const std::int32_t* block_sums = nullptr; // [tokens][stride / 16]
+  const float* scales = nullptr;            // [tokens]
+  const float* zeros = nullptr;             // [tokens] or nullptr: symmetric
+  std::size_t tokens = 0;
+  std::size_t inputs = 0;
+};
+
+}  // namespace detail
+
+/// k x m activations (a token a column) as INT8 codes: quantize once, multiply with several weights (q, k and v, gate
+/// and up). Reusing one object for the same or smaller shapes allocates nothing. Reading it from several threads is
+/// safe, assigning is not.
+class QuantizedActivations {
+ public:
+  QuantizedActivations() = default;
+
+  /// Quantizes x, one scale a token (`kind` int8 or automatic: absmax / 127; int8_asymmetric: with a zero point).
+  /// A token with a NaN or an Inf gets the scale NaN: its outputs are NaN, no other token's are.
+  void assign(const ConstMatrixRef& x, Activations kind = Activations::int8, ThreadPool* pool = nullptr,
+              const detail::KernelTable& kernels = detail::kernels()) {
+    detail::require(kind != Activations::fp32, "activations kind is fp32, expected int8 or int8_asymmetric");
+    const detail::FpEnvironment environment;
+    const bool symmetric = kind != Activations::int8_asymmetric;
+    resize(x.rows(), x.cols(), symmetric);
+    const std::size_t x_stride = static_cast<std::size_t>(x.outerStride());
+    const auto task = [&](std::size_t t, std::size_t) {
+      const std::size_t first = t * rows_a_task;
+      detail::QuantizeRowsArgs args;
+      args.x = x.data() + first * x_stride;
+      args.x_stride = x_stride;
+      args.rows = std::min(rows_a_task, view_.tokens - first);
+      args.k = view_.inputs;
+      args.symmetric = symmetric;
+      args.q = codes_ + first * view_.stride;
+      args.q_stride = view_.stride;
+      args.scales = scales_ + first;
+      args.zeros = integer_zeros_ + first;
+      kernels.quantize_rows(args);
+      for (std::size_t r = first; r < first + args.rows; ++r) zeros_[r] = static_cast<float>(integer_zeros_[r]);
+      kernels.block_sums(args.q, args.rows * view_.stride, sums_ + first * view_.stride / 16);
+    };
+    const std::size_t tasks = detail::ceil_div(view_.tokens, rows_a_task);
+    if (pool != nullptr)
+      pool->run(tasks, task);
+    else
+      for (std::size_t t = 0; t < tasks; ++t) task(t, 0);
+  }
+
+  /// Takes codes that a layer before has made: real = scale * (code - zero_point), one scale for all tokens.
+  void assign_codes(const ConstInt8MatrixRef& codes, float scale, std::int32_t zero_point = 0) {
+    detail::require(scale > 0.0F && detail::scalar::is_finite(scale), "activation scale is ", scale,
+                    ", expected a positive number");
+    detail::require(zero_point >= -128 && zero_point <= 127, "activation zero_point is ", zero_point,
+                    ", expected -128 to 127");
+    resize(codes.rows(), codes.cols(), zero_point == 0);
+    for (std::size_t r = 0; r < view_.tokens; ++r) {
+      std::int8_t* row = codes_ + r * view_.stride;
+      std::memset(row, 0, view_.stride);
+      if (view_.inputs != 0) std::memcpy(row, codes.data() + r * static_cast<std::size_t>(codes.outerStride()), view_.inputs);
+      scales_[r] = scale;
+      zeros_[r] = static_cast<float>(zero_point);
+      integer_zeros_[r] = zero_point;
+    }
+    detail::kernels().block_sums(codes_, view_.tokens * view_.stride, sums_);
+  }
+
+  Eigen::Index inputs() const noexcept { return static_cast<Eigen::Index>(view_.inputs); }
+  Eigen::Index tokens() const noexcept { return static_cast<Eigen::Index>(view_.tokens); }
+  bool symmetric() const noexcept { return view_.zeros == nullptr; }
+  /// inputs() codes of token t.
+  const std::int8_t* codes(Eigen::Index t) const { return view_.codes + static_cast<std::size_t>(t) * view_.stride; }
+  float scale(Eigen::Index t) const { return scales_[t]; }
+  std::int32_t zero_point(Eigen::Index t) const { return integer_zeros_[t]; }
+
+  const detail::ActivationView& view() const noexcept { return view_; }
+
+ private:
+  static constexpr std::size_t rows_a_task = 16;
+
+  void resize(Eigen::Index inputs, Eigen::Index tokens, bool symmetric) {
+    const auto m = static_cast<std::size_t>(tokens);
+    const auto k = static_cast<std::size_t>(inputs);
+    // One line more than needed: rows whose distance is a power of two would share a few cache sets.
+    const std::size_t stride = detail::round_up(detail::checked_add(k, 128, "activation inputs") - 128, 64) + 64;
+    detail::ScratchPlan plan;
+    const std::size_t codes = plan.add(m, stride);
+    const std::size_t sums = plan.add(m, stride / 16 * sizeof(std::int32_t));
+    const std::size_t scales = plan.add(m, sizeof(float));
+    const std::size_t zeros = plan.add(m, sizeof(float));
+    const std::size_t integer_zeros = plan.add(m, sizeof(std::int32_t));
+    std::uint8_t* base = memory_.take(plan.total());
+    codes_ = reinterpret_cast<std::int8_t*>(base + codes);
+    sums_ = reinterpret_cast<std::int32_t*>(base + sums);
+    scales_ = reinterpret_cast<float*>(base + scales);
+    zeros_ = reinterpret_cast<float*>(base + zeros);
+    integer_zeros_ = reinterpret_cast<std::int32_t*>(base + integer_zeros);
+    view_ = {codes_, stride, sums_, scales_, symmetric ? nullptr : zeros_, m, k};
+  }
+
+  Workspace memory_;
+  std::int8_t* codes_ = nullptr;
+  std::int32_t* sums_ = nullptr;
+  float* scales_ = nullptr;
+  float* zeros_ = nullptr;
+  std::int32_t* integer_zeros_ = nullptr;
+  detail::ActivationView view_;
+};
+
+}  // namespace NIBBLE_ABI
+}  // namespace nibble

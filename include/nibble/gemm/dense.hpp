@@ -1,0 +1,66 @@
+// C = A * B in plain floats, dispatched at run time: Eigen's own product is compiled for the command line's ISA, which
+// under -O2 alone is SSE2.
+#pragma once
+
+#include <Eigen/Core>
+#include <type_traits>
+
+#include "nibble/core/fp_env.hpp"
+#include "nibble/gemm/drive_float.hpp"
+#include "nibble/gemm/matmul.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+
+/// c = epilogue(a * b): a n x k, b k x m, c n x m, all float; a and b in memory of any order and stride, so
+/// a.transpose() and b.transpose() work as they are (other expressions are evaluated first). Every output is summed by
+/// one fma a k in ascending order: the bits depend neither on the shape of the call nor on threads or ISA. c must not
+/// overlap a or b. Throws InvalidArgument where shapes do not fit.
+template <class A, class B>
+void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, MatrixRef c,
+          const MatmulOptions& options = {}) {
+  if constexpr (!detail::is_float_memory_v<A>) {
+    const Eigen::MatrixXf a = a_in.template cast<float>();
+    gemm(a, b_in, c, options);
+  } else if constexpr (!detail::is_float_memory_v<B>) {
+    const Eigen::MatrixXf b = b_in.template cast<float>();
+    gemm(a_in, b, c, options);
+  } else {
+    const detail::FpEnvironment environment;
+    const detail::FloatView a = detail::float_view(a_in);
+    const detail::FloatView b = detail::float_view(b_in);
+    detail::require(a.cols == b.rows, "a is ", a.rows, " x ", a.cols, " and b is ", b.rows, " x ", b.cols,
+                    ", expected as many columns in a as rows in b");
+    detail::require(static_cast<std::size_t>(c.rows()) == a.rows && static_cast<std::size_t>(c.cols()) == b.cols,
+                    "c is ", c.rows(), " x ", c.cols(), ", expected ", a.rows, " x ", b.cols);
+    options.epilogue.check(c.rows(), c.cols());
+    detail::require_apart(a_in.derived(), c, "a", "c");
+    detail::require_apart(b_in.derived(), c, "b", "c");
+    if (c.size() == 0) return;
+    const detail::KernelTable& kernels = detail::kernels_of(options);
+    const bool lanes_contiguous = a.row_stride == 1;
+    if (!lanes_contiguous || b.cols > 2) {
+      detail::run_float(kernels, detail::dense_source(a), b, options.epilogue, detail::float_output(c), options.pool,
+                        detail::workspace_of(options));
+      return;
+    }
+    // A token or two: reading a once from where it lies beats packing it.
+    const std::size_t threads = options.pool == nullptr ? 1 : static_cast<std::size_t>(options.pool->threads());
+    const std::size_t chunk = detail::round_up(detail::ceil_div(a.rows, threads), 64);
+    const detail::Output out = detail::float_output(c);
+    detail::for_tasks(options.pool, detail::ceil_div(a.rows, chunk), [&](std::size_t task, std::size_t) {
+      const std::size_t row = task * chunk;
+      const std::size_t rows = std::min(chunk, a.rows - row);
+      for (std::size_t t = 0; t < b.cols; ++t) {
+        kernels.gemv_dense({a.data + row, a.col_stride, rows, a.cols, b.data + t * b.col_stride, b.row_stride,
+                            out.floats + t * out.stride + row});
+      }
+      if (options.epilogue.steps() != 0)
+        detail::finish_tile(kernels, out.floats + row, out.stride, 0, b.cols, row, rows, nullptr, nullptr, nullptr,
+                            options.epilogue, out);
+    });
+  }
+}
+
+}  // namespace NIBBLE_ABI
+}  // namespace nibble

@@ -1,0 +1,184 @@
+// Plans and runs products with float activations: weights become fp32 panels a block of k at a time, whatever they
+// were before.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "nibble/gemm/drive_int.hpp"
+#include "nibble/gemm/packed_matrix.hpp"
+#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/gemm/view.hpp"
+#include "nibble/gemm/workspace.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+namespace detail {
+
+/// Gives fp32 panels of a left operand: outputs in lanes, depth ascending. Writes
+/// out[(p - begin) * stride + (k - k_begin) * 16 + lane] for panels [begin, end) and depth [k_begin, k_end); lanes beyond
+/// the last output are 0. k_begin is a multiple of float_depth_block.
+struct PanelSource {
+  std::size_t outputs = 0;
+  std::size_t depth = 0;
+  const void* context = nullptr;
+  void (*fill)(const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end,
+               std::size_t k_begin, std::size_t k_end, float* out, std::size_t stride) = nullptr;
+};
+
+/// Depth of a block of fp32 panels: two of them and a tile of activations share the L1 cache.
+inline constexpr std::size_t float_depth_block = 256;
+
+inline PanelSource packed_source(const PanelView& w) {
+  return {w.n, w.k, &w,
+          [](const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end, std::size_t k_begin,
+             std::size_t k_end, float* out, std::size_t stride) {
+            kernels.unpack({*static_cast<const PanelView*>(context), begin, end, k_begin, k_end, out, stride});
+          }};
+}
+
+/// W^T: the outputs are w's inputs, the depth its channels.
+inline PanelSource transposed_source(const PanelView& w) {
+  return {w.k, w.n, &w,
+          [](const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end, std::size_t n_begin,
+             std::size_t n_end, float* out, std::size_t stride) {
+            const PanelView& view = *static_cast<const PanelView*>(context);
+            alignas(64) float block[panel_width * panel_width];
+            for (std::size_t p = begin; p < end; ++p) {
+              const std::size_t k_begin = p * panel_width;
+              const std::size_t width = std::min(panel_width, view.k - k_begin);
+              for (std::size_t n = n_begin; n < n_end; n += panel_width) {
+                const std::size_t source = n / panel_width;
+                kernels.unpack({view, source, source + 1, k_begin, k_begin + width, block, panel_width * panel_width});
+                const std::size_t height = std::min(panel_width, n_end - n);
+                float* to = out + (p - begin) * stride + (n - n_begin) * panel_width;
+                for (std::size_t i = 0; i < height; ++i)
+                  for (std::size_t j = 0; j < panel_width; ++j)
+                    to[i * panel_width + j] = j < width ? block[j * panel_width + i] : 0.0F;
+              }
+            }
+          }};
+}
+
+/// A dense matrix anywhere in memory.
+inline PanelSource dense_source(const FloatView& a) {
+  return {a.rows, a.cols, &a,
+          [](const void* context, const KernelTable&, std::size_t begin, std::size_t end, std::size_t k_begin,
+             std::size_t k_end, float* out, std::size_t stride) {
+            const FloatView& view = *static_cast<const FloatView*>(context);
+            for (std::size_t p = begin; p < end; ++p) {
+              const std::size_t row = p * panel_width;
+              const std::size_t height = std::min(panel_width, view.rows - row);
+              float* to = out + (p - begin) * stride;
+              const float* from = view.data + row * view.row_stride;
+              if (view.row_stride == 1 && height == panel_width) {
+                for (std::size_t k = k_begin; k < k_end; ++k, to += panel_width)
+                  std::memcpy(to, from + k * view.col_stride, panel_width * sizeof(float));
+                continue;
+              }
+              std::memset(to, 0, (k_end - k_begin) * panel_width * sizeof(float));
+              for (std::size_t j = 0; j < height; ++j)
+                for (std::size_t k = k_begin; k < k_end; ++k)
+                  to[(k - k_begin) * panel_width + j] = from[j * view.row_stride + k * view.col_stride];
+            }
+          }};
+}
+
+/// outputs x tokens = source (outputs x depth) * x (depth x tokens). Tasks are (panels, block of tokens); k runs from
+/// 0 up within each, so bits depend on nothing but the values.
+inline void run_float(const KernelTable& kernels, const PanelSource& source, const FloatView& x,
+                      const Epilogue& epilogue, const Output& out, ThreadPool* pool, Workspace& workspace) {
+  const std::size_t depth = source.depth;
+  const std::size_t tokens = x.cols;
+  const std::size_t height = kernels.float_tile_rows;
+  const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
+  const std::size_t panels = ceil_div(source.outputs, panel_width);
+  const std::size_t chunk = std::min(panels, kernels.float_panels);
+  const std::size_t block = std::min(tokens, 256 / height * height);
+  const std::size_t panel_tasks = ceil_div(panels, chunk);
+  const std::size_t token_tasks = ceil_div(tokens, block);
+  const std::size_t depth_block = std::min(depth, float_depth_block);
+
+  ScratchPlan plan;
+  const std::size_t x_at = plan.add(checked_mul(tokens, depth, "activations"), sizeof(float));
+  const std::size_t per_thread = round_up(chunk * panel_width * depth_block + block * chunk * panel_width, 16);
+  const std::size_t threads_at = plan.add(threads * per_thread, sizeof(float));
+  std::uint8_t* scratch = workspace.take(plan.total());
+  float* packed_x = reinterpret_cast<float*>(scratch + x_at);
+  float* thread_scratch = reinterpret_cast<float*>(scratch + threads_at);
+
+  // Activations by blocks of depth, then tiles of tokens, then [k][token].
+  for_tasks(pool, ceil_div(tokens, height), [&](std::size_t tile, std::size_t) {
+    const std::size_t first = tile * height;
+    const std::size_t rows = std::min(height, tokens - first);
+    for (std::size_t k0 = 0; k0 < depth; k0 += depth_block) {
+      const std::size_t count = std::min(depth_block, depth - k0);
+      float* to = packed_x + k0 * tokens + first * count;
+      const float* from = x.data + k0 * x.row_stride + first * x.col_stride;
+      for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t k = 0; k < count; ++k) to[k * rows + r] = from[k * x.row_stride + r * x.col_stride];
+    }
+  });
+
+  for_tasks(pool, panel_tasks * token_tasks, [&](std::size_t task, std::size_t thread) {
+    const std::size_t begin = task % panel_tasks * chunk;
+    const std::size_t end = std::min(begin + chunk, panels);
+    const std::size_t token = task / panel_tasks * block;
+    const std::size_t rows = std::min(block, tokens - token);
+    float* fp32_panels = thread_scratch + thread * per_thread;
+    float* acc = fp32_panels + chunk * panel_width * depth_block;
+    const std::size_t acc_stride = (end - begin) * panel_width;
+    if (depth == 0) std::memset(acc, 0, rows * acc_stride * sizeof(float));
+    for (std::size_t k0 = 0; k0 < depth; k0 += depth_block) {
+      const std::size_t count = std::min(depth_block, depth - k0);
+      source.fill(source.context, kernels, begin, end, k0, k0 + count, fp32_panels, panel_width * depth_block);
+      FloatGemmArgs args;
+      args.panels_data = fp32_panels;
+      args.panel_stride = panel_width * depth_block;
+      args.panels = end - begin;
+      args.depth = count;
+      args.x = packed_x + k0 * tokens + token * count;
+      args.x_tile_stride = height * count;
+      args.rows = rows;
+      args.accumulate = k0 != 0;
+      args.acc = acc;
+      args.acc_stride = acc_stride;
+      kernels.gemm_float(args);
+    }
+    const std::size_t channel = begin * panel_width;
+    finish_tile(kernels, acc, acc_stride, token, rows, channel, std::min(end * panel_width, source.outputs) - channel,
+                nullptr, nullptr, nullptr, epilogue, out);
+  });
+}
+
+/// A few tokens: weights are dequantized in registers and read once.
+inline void run_float_gemv(const KernelTable& kernels, const PanelView& w, std::size_t panels, const FloatView& x,
+                           const Epilogue& epilogue, const Output& out, ThreadPool* pool, Workspace& workspace) {
+  const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
+  const std::size_t chunk = std::min<std::size_t>(ceil_div(panels, threads * (threads > 1 ? 2 : 1)), 128);
+  const std::size_t per_thread = x.cols * chunk * panel_width;
+  ScratchPlan plan;
+  const std::size_t acc_at = plan.add(threads * per_thread, sizeof(float));
+  float* scratch = reinterpret_cast<float*>(workspace.take(plan.total()) + acc_at);
+  for_tasks(pool, ceil_div(panels, chunk), [&](std::size_t task, std::size_t thread) {
+    FloatGemvArgs args;
+    args.w = w;
+    args.panel_begin = task * chunk;
+    args.panel_end = std::min(args.panel_begin + chunk, panels);
+    args.x = x.data;
+    args.x_stride = x.col_stride;
+    args.rows = x.cols;
+    args.acc = scratch + thread * per_thread;
+    args.acc_stride = (args.panel_end - args.panel_begin) * panel_width;
+    kernels.gemv_float(args);
+    const std::size_t channel = args.panel_begin * panel_width;
+    finish_tile(kernels, args.acc, args.acc_stride, 0, args.rows, channel,
+                std::min(args.panel_end * panel_width, w.n) - channel, nullptr, nullptr, nullptr, epilogue, out);
+  });
+}
+
+}  // namespace detail
+}  // namespace NIBBLE_ABI
+}  // namespace nibble

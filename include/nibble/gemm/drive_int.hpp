@@ -1,0 +1,200 @@
+// Plans and runs integer products: tasks of panels, blocks of tokens, epilogue on each tile while it is in cache.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "nibble/gemm/activations.hpp"
+#include "nibble/gemm/epilogue.hpp"
+#include "nibble/gemm/packed_matrix.hpp"
+#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/gemm/workspace.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+namespace detail {
+
+/// Where outputs go: exactly one of the pointers is set. Column t (one token) starts at pointer + t * stride.
+struct Output {
+  float* floats = nullptr;
+  std::int8_t* codes = nullptr;
+  std::int32_t* raw = nullptr;
+  std::size_t stride = 0;
+  float scale = 1.0F;        // of codes
+  std::int32_t zero = 0;
+};
+
+/// `ops` moved to the tile that starts at (row, channel).
+inline void shift_ops(const Epilogue& epilogue, std::size_t row, std::size_t channel,
+                      std::array<EpilogueOp, Epilogue::max_steps>& ops) noexcept {
+  for (std::size_t i = 0; i < epilogue.steps(); ++i) {
+    ops[i] = epilogue.op(i);
+    if (ops[i].data != nullptr) ops[i].data += row * ops[i].stride + channel;
+  }
+}
+
+/// Finishes one tile of accumulators.
+inline void finish_tile(const KernelTable& kernels, const float* acc, std::size_t acc_stride, std::size_t row,
+                        std::size_t rows, std::size_t channel, std::size_t channels, const float* row_scales,
+                        const float* row_zeros, const float* channel_sums, const Epilogue& epilogue,
+                        const Output& out) noexcept {
+  std::array<EpilogueOp, Epilogue::max_steps> ops;
+  shift_ops(epilogue, row, channel, ops);
+  EpilogueArgs args;
+  args.acc = acc;
+  args.acc_stride = acc_stride;
+  args.rows = rows;
+  args.cols = channels;
+  args.row_scales = row_scales == nullptr ? nullptr : row_scales + row;
+  args.row_zeros = row_zeros == nullptr ? nullptr : row_zeros + row;
+  args.channel_sums = channel_sums == nullptr ? nullptr : channel_sums + channel;
+  args.ops = ops.data();
+  args.op_count = epilogue.steps();
+  args.out = out.floats == nullptr ? nullptr : out.floats + row * out.stride + channel;
+  args.out_int8 = out.codes == nullptr ? nullptr : out.codes + row * out.stride + channel;
+  args.out_stride = out.stride;
+  args.out_scale = out.scale;
+  args.out_zero = out.zero;
+  kernels.epilogue(args);
+}
+
+/// One product of packed integer weights with quantized activations, cut into independent tasks: a range of panels
+/// with all the tokens of a range. No task splits k, so bits depend neither on the tasks nor on who runs them.
+class IntJob {
+ public:
+  IntJob() = default;
+  IntJob(const KernelTable& kernels, const PackedMatrix& w, const ActivationView& x, const Epilogue& epilogue,
+         const Output& out, std::size_t threads)
+      : kernels_(&kernels), w_(&w), view_(w.view()), x_(x), epilogue_(&epilogue), out_(out) {
+    const std::size_t panels = w.panels();
+    block_ = std::min(x.tokens, max_block);
+    // A tile of accumulators fits the L1 cache beside what feeds it.
+    const std::size_t widest = std::max<std::size_t>(kernels.int_panels, tile_floats / (block_ * panel_width));
+    const std::size_t rounds = ceil_div(panels, widest * threads);
+    chunk_ = ceil_div(panels, rounds * threads);
+    if (chunk_ > kernels.int_panels) chunk_ = std::min(round_up(chunk_, kernels.int_panels), widest);
+    panel_tasks_ = ceil_div(panels, chunk_);
+    // Narrow outputs of many tokens leave threads idle unless the tokens are shared out as well.
+    token_tasks_ = 1;
+    if (panel_tasks_ < 2 * threads && threads > 1)
+      token_tasks_ = std::min(ceil_div(x.tokens, max_block), ceil_div(2 * threads, panel_tasks_));
+    tokens_a_task_ = round_up(ceil_div(x.tokens, token_tasks_), block_);
+    token_tasks_ = ceil_div(x.tokens, tokens_a_task_);
+  }
+
+  std::size_t tasks() const noexcept { return panel_tasks_ * token_tasks_; }
+  /// Floats of scratch that a task needs for itself.
+  std::size_t tile_size() const noexcept { return block_ * chunk_ * panel_width; }
+  /// int32 that the group sums take, shared by all tasks.
+  std::size_t sums_size() const noexcept { return x_.tokens * view_.groups; }
+
+  /// Sums of the activations over the weights' groups; before any task.
+  void sum_groups(std::int32_t* sums) noexcept {
+    sums_ = sums;
+    const std::size_t blocks = x_.stride / 16;
+    for (std::size_t t = 0; t < x_.tokens; ++t) {
+      const std::int32_t* in = x_.block_sums + t * blocks;
+      for (std::size_t g = 0; g < view_.groups; ++g) {
+        const std::size_t begin = g * view_.group_size;
+        const std::size_t end = std::min(begin + view_.group_size, view_.k);
+        std::int32_t sum = 0;
+        for (std::size_t b = begin / 16; b < ceil_div(end, 16); ++b) sum += in[b];
+        sums[t * view_.groups + g] = sum;
+      }
+    }
+  }
+
+  void run(std::size_t task, float* tile) const noexcept {
+    const std::size_t panel_begin = task % panel_tasks_ * chunk_;
+    const std::size_t panel_end = std::min(panel_begin + chunk_, w_->panels());
+    const std::size_t token_begin = task / panel_tasks_ * tokens_a_task_;
+    const std::size_t token_end = std::min(token_begin + tokens_a_task_, x_.tokens);
+    const std::size_t channel = panel_begin * panel_width;
+    const std::size_t channels = std::min(panel_end * panel_width, view_.n) - channel;
+    for (std::size_t t = token_begin; t < token_end; t += block_) {
+      IntGemmArgs args;
+      args.w = view_;
+      args.panel_begin = panel_begin;
+      args.panel_end = panel_end;
+      args.x = x_.codes + t * x_.stride;
+      args.x_stride = x_.stride;
+      args.x_sums = sums_ + t * view_.groups;
+      args.sums_stride = view_.groups;
+      args.rows = std::min(block_, token_end - t);
+      args.acc = tile;
+      args.acc_stride = (panel_end - panel_begin) * panel_width;
+      if (out_.raw != nullptr) args.raw = reinterpret_cast<std::int32_t*>(tile);
+      if (view_.groups == 0)  // k is 0: the sums are empty
+        std::memset(tile, 0, args.rows * args.acc_stride * sizeof(float));
+      else if (view_.format == Format::int8)
+        kernels_->gemm_w8a8(args);
+      else
+        kernels_->gemm_w4a8(args);
+      if (out_.raw != nullptr) {
+        for (std::size_t r = 0; r < args.rows; ++r)
+          std::memcpy(out_.raw + (t + r) * out_.stride + channel, args.raw + r * args.acc_stride,
+                      channels * sizeof(std::int32_t));
+        continue;
+      }
+      finish_tile(*kernels_, tile, args.acc_stride, t, args.rows, channel, channels, x_.scales, x_.zeros,
+                  w_->channel_sums().as<float>(), *epilogue_, out_);
+    }
+  }
+
+ private:
+  static constexpr std::size_t max_block = 64;
+  static constexpr std::size_t tile_floats = 8192;
+
+  const KernelTable* kernels_ = nullptr;
+  const PackedMatrix* w_ = nullptr;
+  PanelView view_;
+  ActivationView x_;
+  const Epilogue* epilogue_ = nullptr;
+  Output out_;
+  const std::int32_t* sums_ = nullptr;
+  std::size_t block_ = 0;
+  std::size_t chunk_ = 0;
+  std::size_t panel_tasks_ = 0;
+  std::size_t token_tasks_ = 0;
+  std::size_t tokens_a_task_ = 0;
+};
+
+/// Runs up to a handful of jobs as one parallel region.
+inline void run_jobs(IntJob* jobs, std::size_t count, ThreadPool* pool, Workspace& workspace) {
+  const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
+  std::size_t tasks = 0;
+  std::size_t tile = 0;
+  std::size_t sums = 0;
+  for (std::size_t j = 0; j < count; ++j) {
+    tasks += jobs[j].tasks();
+    tile = std::max(tile, jobs[j].tile_size());
+    sums += jobs[j].sums_size();
+  }
+  ScratchPlan plan;
+  tile = round_up(tile, 16);
+  const std::size_t tiles_at = plan.add(threads * tile, sizeof(float));
+  const std::size_t sums_at = plan.add(sums, sizeof(std::int32_t));
+  std::uint8_t* scratch = workspace.take(plan.total());
+  float* tiles = reinterpret_cast<float*>(scratch + tiles_at);
+  std::int32_t* next_sums = reinterpret_cast<std::int32_t*>(scratch + sums_at);
+  for (std::size_t j = 0; j < count; ++j) {
+    jobs[j].sum_groups(next_sums);
+    next_sums += jobs[j].sums_size();
+  }
+  const auto task = [&](std::size_t t, std::size_t thread) {
+    std::size_t j = 0;
+    while (t >= jobs[j].tasks()) t -= jobs[j++].tasks();
+    jobs[j].run(t, tiles + thread * tile);
+  };
+  if (pool != nullptr)
+    pool->run(tasks, task);
+  else
+    for (std::size_t t = 0; t < tasks; ++t) task(t, 0);
+}
+
+}  // namespace detail
+}  // namespace NIBBLE_ABI
+}  // namespace nibble
