@@ -29,7 +29,9 @@ inline void rms_norm(const float* x, const float* weight, std::size_t n, float e
   Lanes squares = Lanes::Zero();
   for_lanes(x, n, 0.0F, [&](const Lanes& v, std::size_t) { squares += v * v; });
   const float factor = 1.0F / std::sqrt(squares.sum() / static_cast<float>(n) + epsilon);
-  for (std::size_t i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+  const auto size = static_cast<Eigen::Index>(n);
+  using Array = Eigen::Map<const Eigen::ArrayXf>;
+  Eigen::Map<Eigen::ArrayXf>(out, size) = Array(x, size) * factor * Array(weight, size);
 }
 
 /// x[i] = exp(x[i] - max) for i < n; returns their sum.
