@@ -71,11 +71,7 @@ class QuantizedActivations {
       for (std::size_t r = first; r < first + args.rows; ++r) zeros_[r] = static_cast<float>(integer_zeros_[r]);
       kernels.block_sums(args.q, args.rows * view_.stride, sums_ + first * view_.stride / 16);
     };
-    const std::size_t tasks = detail::ceil_div(view_.tokens, rows_a_task);
-    if (pool != nullptr)
-      pool->run(tasks, task);
-    else
-      for (std::size_t t = 0; t < tasks; ++t) task(t, 0);
+    detail::for_tasks(pool, detail::ceil_div(view_.tokens, rows_a_task), task);
   }
 
   /// Takes codes that a layer before has made: real = scale * (code - zero_point), one scale for all tokens.

@@ -184,15 +184,11 @@ inline void run_jobs(IntJob* jobs, std::size_t count, ThreadPool* pool, Workspac
     jobs[j].sum_groups(next_sums);
     next_sums += jobs[j].sums_size();
   }
-  const auto task = [&](std::size_t t, std::size_t thread) {
+  for_tasks(pool, tasks, [&](std::size_t t, std::size_t thread) {
     std::size_t j = 0;
     while (t >= jobs[j].tasks()) t -= jobs[j++].tasks();
     jobs[j].run(t, tiles + thread * tile);
-  };
-  if (pool != nullptr)
-    pool->run(tasks, task);
-  else
-    for (std::size_t t = 0; t < tasks; ++t) task(t, 0);
+  });
 }
 
 }  // namespace detail

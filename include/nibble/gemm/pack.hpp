@@ -114,15 +114,6 @@ inline std::size_t quantized_groups(const PackedHeader& h) noexcept {
                                                                    : 1;
 }
 
-template <class F>
-void for_tasks(ThreadPool* pool, std::size_t tasks, F&& f) {
-  if (pool != nullptr) {
-    pool->run(tasks, f);
-  } else {
-    for (std::size_t task = 0; task < tasks; ++task) f(task, std::size_t{0});
-  }
-}
-
 /// Sum of each row's values, in the order that a product with a token of ones has.
 inline Buffer channel_sums_of(const PanelView& w, std::size_t panels) {
   Buffer sums(panels * panel_width * sizeof(float));

@@ -222,5 +222,18 @@ inline ThreadPool& default_pool() {
   return pool;
 }
 
+namespace detail {
+
+/// Calls f(task, thread) for all tasks: on the pool where there is one, else here.
+template <class F>
+void for_tasks(ThreadPool* pool, std::size_t tasks, F&& f) {
+  if (pool != nullptr) {
+    pool->run(tasks, f);
+  } else {
+    for (std::size_t task = 0; task < tasks; ++task) f(task, std::size_t{0});
+  }
+}
+
+}  // namespace detail
 }  // namespace NIBBLE_ABI
 }  // namespace nibble
