@@ -52,14 +52,27 @@ struct OutputView {
 /// How doubles become float: nearest even, or to odd where a second rounding to 16 bits follows.
 enum class Narrowing : std::uint8_t { nearest, to_odd };
 
-/// Lines `first`, `first + step`, ... (C-order numbers), `count` of them, whose first elements lie at data + offset,
-/// data + offset + stride, ...
+/// Lines `first`, `first + step`, ... (C-order numbers), `count` of them: a run along dimension `along`. In the layout
+/// at hand their first elements lie at data + offset, data + offset + stride, ...
 struct LineBlock {
   std::size_t first = 0;
   std::size_t step = 1;
   std::size_t count = 0;
+  std::size_t along = 0;
   std::ptrdiff_t offset = 0;
   std::ptrdiff_t stride = 0;
+
+  /// The same lines in another layout of the same shape.
+  LineBlock in(const StridedLayout& layout) const noexcept {
+    LineBlock b = *this;
+    b.offset = 0;
+    b.stride = layout.strides[along];
+    if (layout.rank <= 1) return b;
+    std::size_t l = first;
+    for (std::size_t d = layout.rank - 1; d-- > 0; l /= layout.lengths[d])
+      b.offset += static_cast<std::ptrdiff_t>(l % layout.lengths[d]) * layout.strides[d];
+    return b;
+  }
 };
 
 /// Lines a block: enough to use every byte of the cache lines that a column-major matrix yields (64 bytes hold 16
@@ -76,7 +89,9 @@ void for_each_block(const StridedLayout& layout, F&& f) {
   for (std::size_t d = 0; d < layout.rank; ++d)
     if (layout.lengths[d] == 0) return;
   if (layout.rank <= 1) {
-    f(LineBlock{0, 1, 1, 0, 0});
+    LineBlock line;
+    line.count = 1;
+    f(static_cast<const LineBlock&>(line));
     return;
   }
   const std::size_t last = layout.rank - 1;
@@ -95,6 +110,7 @@ void for_each_block(const StridedLayout& layout, F&& f) {
   for (;;) {
     LineBlock b;
     b.step = line_steps[along];
+    b.along = along;
     b.stride = layout.strides[along];
     for (std::size_t d = 0; d < last; ++d) {
       b.first += index[d] * line_steps[d];
