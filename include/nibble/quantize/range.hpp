@@ -141,6 +141,9 @@ class GridFitter {
     if (absmax == 0.0F) return g;
     if (scheme_.format == Format::nf4) {
       g.scale = stored_scale(absmax);
+      // Only among fp16's subnormals is a stored scale so coarse.
+      constexpr double reach = 1.0 + static_cast<double>(nf4_widest_half_gap);
+      if (narrow() && static_cast<double>(absmax) > reach * static_cast<double>(g.scale)) g.scale = next(g.scale);
       return g;
     }
     const float top = static_cast<float>(codes_.max - g.zero) + (scheme_.full_range ? 0.5F : 0.0F);
