@@ -23,9 +23,39 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail::avx2 {
 
+namespace floats {
+#include "nibble/kernels/avx2/float_ops.inl"
+#include "nibble/kernels/vector/decode.inl"
+#include "nibble/kernels/vector/unpack.inl"
+#include "nibble/kernels/vector/gemm_float.inl"
+#include "nibble/kernels/vector/gemv_float.inl"
+#include "nibble/kernels/vector/gemv_dense.inl"
+#include "nibble/kernels/vector/lines.inl"
+#include "nibble/kernels/vector/quantize_rows.inl"
+#include "nibble/kernels/vector/epilogue.inl"
+#undef NIBBLE_UNROLL
+}  // namespace floats
+
 inline constexpr KernelTable table = [] {
   KernelTable t;
   t.isa = Isa::avx2;
+  t.float_tile_rows = floats::gemm_rows;
+  t.float_panels = floats::gemm_panels;
+  t.gemv_max_rows = 4;
+  t.unpack = &floats::unpack;
+  t.gemm_float = &floats::gemm_float;
+  t.gemv_float = &floats::gemv_float;
+  t.gemv_dense = &floats::gemv_dense;
+  t.quantize_rows = &floats::quantize_rows;
+  t.epilogue = &floats::epilogue;
+  t.block_sums = &floats::block_sums;
+  t.line_range = &floats::line_range;
+  t.quantize_line = &floats::quantize_line;
+  t.dequantize_line = &floats::dequantize_line;
+  t.fp16_from_float = &floats::fp16_from_float;
+  t.float_from_fp16 = &floats::float_from_fp16;
+  t.bf16_from_float = &floats::bf16_from_float;
+  t.float_from_bf16 = &floats::float_from_bf16;
   return t;
 }();
 

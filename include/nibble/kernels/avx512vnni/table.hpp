@@ -19,19 +19,70 @@
 
 NIBBLE_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 
+// GCC 12 warns about the undefined vectors inside of its own intrinsics, wherever they are inlined.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail::avx512vnni {
 
+namespace floats {
+#include "nibble/kernels/avx512vnni/float_ops.inl"
+#include "nibble/kernels/vector/decode.inl"
+#include "nibble/kernels/vector/unpack.inl"
+#include "nibble/kernels/vector/gemm_float.inl"
+#include "nibble/kernels/vector/gemv_float.inl"
+#include "nibble/kernels/vector/gemv_dense.inl"
+#include "nibble/kernels/vector/lines.inl"
+#include "nibble/kernels/vector/quantize_rows.inl"
+#include "nibble/kernels/vector/epilogue.inl"
+#undef NIBBLE_UNROLL
+}  // namespace floats
+
+// clang-format off
+#include "nibble/kernels/avx512vnni/int_ops.inl"
+#include "nibble/kernels/avx512vnni/int_tiles.inl"
+#include "nibble/kernels/avx512vnni/w8a8.inl"
+#include "nibble/kernels/avx512vnni/w4a8.inl"
+// clang-format on
+
 inline constexpr KernelTable table = [] {
   KernelTable t;
   t.isa = Isa::avx512vnni;
+  t.int_panels = 2;
+  t.gemm_w8a8 = &gemm_w8a8;
+  t.gemm_w4a8 = &gemm_w4a8;
+  t.float_tile_rows = floats::gemm_rows;
+  t.float_panels = floats::gemm_panels;
+  t.gemv_max_rows = 4;
+  t.unpack = &floats::unpack;
+  t.gemm_float = &floats::gemm_float;
+  t.gemv_float = &floats::gemv_float;
+  t.gemv_dense = &floats::gemv_dense;
+  t.quantize_rows = &floats::quantize_rows;
+  t.epilogue = &floats::epilogue;
+  t.block_sums = &floats::block_sums;
+  t.line_range = &floats::line_range;
+  t.quantize_line = &floats::quantize_line;
+  t.dequantize_line = &floats::dequantize_line;
+  t.fp16_from_float = &floats::fp16_from_float;
+  t.float_from_fp16 = &floats::float_from_fp16;
+  t.bf16_from_float = &floats::bf16_from_float;
+  t.float_from_bf16 = &floats::float_from_bf16;
   return t;
 }();
 
 }  // namespace detail::avx512vnni
 }  // namespace NIBBLE_ABI
 }  // namespace nibble
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 NIBBLE_TARGET_END
 

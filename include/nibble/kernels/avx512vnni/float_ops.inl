@@ -1,0 +1,154 @@
+// Operations of the float kernels on AVX-512: one vector is one panel's 16 lanes.
+// Included in the ISA's target region and namespace, and by nothing else.
+
+using Vf = __m512;
+using Vi = __m512i;
+
+constexpr int lanes = 16;
+constexpr int halves = 1;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
+constexpr std::size_t gemm_rows = 12;
+constexpr std::size_t gemm_panels = 2;
+constexpr std::size_t gemv_panels = 8;
+constexpr std::size_t gemv_block_panels = 4;
+// vectors a panel
+// A permute of 16 floats is one instruction: int4 codes then decode as nf4's do, by a table of the grid.
+constexpr bool cheap_lookup = true;
+
+NIBBLE_ALWAYS_INLINE __mmask16 first(std::size_t n) noexcept {
+  return static_cast<__mmask16>((1U << n) - 1U);
+}
+
+NIBBLE_ALWAYS_INLINE Vf zero() noexcept { return _mm512_setzero_ps(); }
+NIBBLE_ALWAYS_INLINE Vf set1(float v) noexcept { return _mm512_set1_ps(v); }
+NIBBLE_ALWAYS_INLINE Vi set1_int(std::int32_t v) noexcept { return _mm512_set1_epi32(v); }
+
+// Loads and stores, at any alignment; the _n forms touch the first n < lanes elements only, the others are zero.
+NIBBLE_ALWAYS_INLINE Vf load(const float* p) noexcept { return _mm512_loadu_ps(p); }
+NIBBLE_ALWAYS_INLINE Vf load_n(const float* p, std::size_t n) noexcept {
+  return _mm512_maskz_loadu_ps(first(n), p);
+}
+NIBBLE_ALWAYS_INLINE void store(float* p, Vf v) noexcept { _mm512_storeu_ps(p, v); }
+NIBBLE_ALWAYS_INLINE void store_n(float* p, Vf v, std::size_t n) noexcept {
+  _mm512_mask_storeu_ps(p, first(n), v);
+}
+NIBBLE_ALWAYS_INLINE Vi load_int(const void* p) noexcept { return _mm512_loadu_si512(p); }
+NIBBLE_ALWAYS_INLINE Vf load_fp16(const void* p) noexcept {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+NIBBLE_ALWAYS_INLINE Vf load_fp16_n(const void* p, std::size_t n) noexcept {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+NIBBLE_ALWAYS_INLINE Vi load_u16(const void* p) noexcept {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+NIBBLE_ALWAYS_INLINE Vi load_u16_n(const void* p, std::size_t n) noexcept {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
+}
+NIBBLE_ALWAYS_INLINE Vi load_s8(const std::int8_t* p) noexcept {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+NIBBLE_ALWAYS_INLINE Vi load_s8_n(const std::int8_t* p, std::size_t n) noexcept {
+  return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p));
+}
+// Low 8 or 16 bits of every lane.
+NIBBLE_ALWAYS_INLINE void store_8(std::int8_t* p, Vi v) noexcept {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+NIBBLE_ALWAYS_INLINE void store_8_n(std::int8_t* p, Vi v, std::size_t n) noexcept {
+  _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(v));
+}
+NIBBLE_ALWAYS_INLINE void store_16(std::uint16_t* p, Vi v) noexcept {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+}
+NIBBLE_ALWAYS_INLINE void store_16_n(std::uint16_t* p, Vi v, std::size_t n) noexcept {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(v));
+}
+NIBBLE_ALWAYS_INLINE void store_fp16(std::uint16_t* p, Vf v) noexcept {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+NIBBLE_ALWAYS_INLINE void store_fp16_n(std::uint16_t* p, Vf v, std::size_t n) noexcept {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The fence keeps compilers from contracting the product with a later addition into an fma.
+NIBBLE_ALWAYS_INLINE Vf mul(Vf a, Vf b) noexcept {
+  Vf v = _mm512_mul_ps(a, b);
+  asm("" : "+v"(v));
+  return v;
+}
+// For a product that no addition or subtraction ever sees: nothing to contract, so the compiler may fold its load.
+NIBBLE_ALWAYS_INLINE Vf mul_only(Vf a, Vf b) noexcept { return _mm512_mul_ps(a, b); }
+NIBBLE_ALWAYS_INLINE Vf add(Vf a, Vf b) noexcept { return _mm512_add_ps(a, b); }
+NIBBLE_ALWAYS_INLINE Vf sub(Vf a, Vf b) noexcept { return _mm512_sub_ps(a, b); }
+NIBBLE_ALWAYS_INLINE Vf div(Vf a, Vf b) noexcept { return _mm512_div_ps(a, b); }
+NIBBLE_ALWAYS_INLINE Vf fma(Vf a, Vf b, Vf c) noexcept { return _mm512_fmadd_ps(a, b, c); }
+// a where a < b (a > b), else b: b where either is NaN.
+NIBBLE_ALWAYS_INLINE Vf min(Vf a, Vf b) noexcept { return _mm512_min_ps(a, b); }
+NIBBLE_ALWAYS_INLINE Vf max(Vf a, Vf b) noexcept { return _mm512_max_ps(a, b); }
+NIBBLE_ALWAYS_INLINE Vf round(Vf v) noexcept {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+NIBBLE_ALWAYS_INLINE float round_scalar(float v) noexcept {
+  return _mm_cvtss_f32(_mm_round_ps(_mm_set_ss(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+NIBBLE_ALWAYS_INLINE Vf zero_unless_positive_or_nan(Vf v) noexcept {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+}
+NIBBLE_ALWAYS_INLINE Vf zero_if_nan(Vf v) noexcept {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+}
+// where v is NaN: a, else b
+NIBBLE_ALWAYS_INLINE Vi if_nan(Vf v, Vi a, Vi b) noexcept {
+  return _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), a);
+}
+
+NIBBLE_ALWAYS_INLINE Vi bits(Vf v) noexcept { return _mm512_castps_si512(v); }
+NIBBLE_ALWAYS_INLINE Vf from_bits(Vi v) noexcept { return _mm512_castsi512_ps(v); }
+NIBBLE_ALWAYS_INLINE Vf to_float(Vi v) noexcept { return _mm512_cvtepi32_ps(v); }
+NIBBLE_ALWAYS_INLINE Vi to_int(Vf v) noexcept { return _mm512_cvtps_epi32(v); }
+NIBBLE_ALWAYS_INLINE Vi add_int(Vi a, Vi b) noexcept { return _mm512_add_epi32(a, b); }
+NIBBLE_ALWAYS_INLINE Vi sub_int(Vi a, Vi b) noexcept { return _mm512_sub_epi32(a, b); }
+NIBBLE_ALWAYS_INLINE Vi max_int(Vi a, Vi b) noexcept { return _mm512_max_epi32(a, b); }
+NIBBLE_ALWAYS_INLINE Vi and_int(Vi a, Vi b) noexcept { return _mm512_and_si512(a, b); }
+NIBBLE_ALWAYS_INLINE Vi or_int(Vi a, Vi b) noexcept { return _mm512_or_si512(a, b); }
+NIBBLE_ALWAYS_INLINE Vi xor_int(Vi a, Vi b) noexcept { return _mm512_xor_si512(a, b); }
+template <int N>
+NIBBLE_ALWAYS_INLINE Vi shift_left(Vi v) noexcept {
+  return _mm512_slli_epi32(v, N);
+}
+template <int N>
+NIBBLE_ALWAYS_INLINE Vi shift_right(Vi v) noexcept {
+  return _mm512_srli_epi32(v, N);
+}
+template <int N>
+NIBBLE_ALWAYS_INLINE Vi shift_right_signed(Vi v) noexcept {
+  return _mm512_srai_epi32(v, N);
+}
+
+struct Lookup16 {
+  Vf levels;
+};
+NIBBLE_ALWAYS_INLINE Lookup16 load_lookup16(const float* table) noexcept { return {load(table)}; }
+// Table entries by bits N..N+3 of every lane.
+template <int N>
+NIBBLE_ALWAYS_INLINE Vf lookup16(const Lookup16& t, Vi v) noexcept {
+  return _mm512_permutexvar_ps(shift_right<N>(v), t.levels);
+}
+
+NIBBLE_ALWAYS_INLINE float reduce_min(Vf v) noexcept { return _mm512_reduce_min_ps(v); }
+NIBBLE_ALWAYS_INLINE float reduce_max(Vf v) noexcept { return _mm512_reduce_max_ps(v); }
+NIBBLE_ALWAYS_INLINE std::int32_t reduce_max_int(Vi v) noexcept { return _mm512_reduce_max_epi32(v); }
+
+// Sums of four blocks of 16 bytes.
+NIBBLE_ALWAYS_INLINE void sum_blocks_4(const std::int8_t* q, std::int32_t* out) noexcept {
+  // psadbw sums unsigned bytes: bias by 128 before, and by 16 * 128 after.
+  const __m512i sums = _mm512_sad_epu8(_mm512_xor_si512(load_int(q), _mm512_set1_epi8(-128)), _mm512_setzero_si512());
+  const __m256i halves_of_blocks = _mm512_cvtepi64_epi32(sums);
+  const __m128i blocks =
+      _mm_hadd_epi32(_mm256_castsi256_si128(halves_of_blocks), _mm256_extracti128_si256(halves_of_blocks, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_sub_epi32(blocks, _mm_set1_epi32(16 * 128)));
+}
+
+NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}

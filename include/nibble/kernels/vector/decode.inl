@@ -1,0 +1,150 @@
+// Decoders: eight k of one panel, in any format, to fp32 lanes. What unpack and the GEMVs share.
+
+#define NIBBLE_UNROLL _Pragma("GCC unroll 16")
+
+// How a panel decodes: its format and where its zero lies.
+enum class Decode : int {
+  fp32,
+  fp16,
+  bf16,
+  int8,         // scale * float(q - zero), zero from the panel
+  int8_plain,   // scale * float(q)
+  int8_offset,  // fma(scale, float(q), offset)
+  int4,
+  int4_plain,   // scale * float(q - 8)
+  int4_offset,
+  levels,       // scale * table[q]: nf4, and symmetric int4 where a lookup is cheaper than arithmetic
+};
+
+alignas(64) inline constexpr float int4_levels[16] = {-8.0F, -7.0F, -6.0F, -5.0F, -4.0F, -3.0F, -2.0F, -1.0F,
+                                                      0.0F,  1.0F,  2.0F,  3.0F,  4.0F,  5.0F,  6.0F,  7.0F};
+alignas(64) inline constexpr float nibble_values[16] = {0.0F, 1.0F, 2.0F,  3.0F,  4.0F,  5.0F,  6.0F,  7.0F,
+                                                        8.0F, 9.0F, 10.0F, 11.0F, 12.0F, 13.0F, 14.0F, 15.0F};
+
+inline Decode decode_of(const PanelView& w) noexcept {
+  switch (w.format) {
+    case Format::fp32: return Decode::fp32;
+    case Format::fp16: return Decode::fp16;
+    case Format::bf16: return Decode::bf16;
+    case Format::int8:
+      return w.symmetry == Symmetry::symmetric    ? Decode::int8_plain
+             : w.symmetry == Symmetry::asymmetric ? Decode::int8
+                                                  : Decode::int8_offset;
+    case Format::int4:
+      return w.symmetry == Symmetry::symmetric    ? (cheap_lookup ? Decode::levels : Decode::int4_plain)
+             : w.symmetry == Symmetry::asymmetric ? Decode::int4
+                                                  : Decode::int4_offset;
+    case Format::nf4: break;
+  }
+  return Decode::levels;
+}
+
+// The table that a panel's codes index. Kinds without one are given one all the same: nothing reads it.
+inline const float* table_of(const PanelView& w) noexcept {
+  if (w.format == Format::nf4) return w.codebook;
+  return w.symmetry == Symmetry::symmetric ? int4_levels : nibble_values;
+}
+
+constexpr bool has_groups(Decode kind) noexcept { return kind > Decode::bf16; }
+// Bytes of eight k of a panel.
+constexpr std::size_t unit_bytes(Decode kind) noexcept {
+  return kind == Decode::fp32                             ? 512
+         : kind == Decode::fp16 || kind == Decode::bf16   ? 256
+         : kind >= Decode::int8 && kind < Decode::int4    ? 128
+                                                          : 64;
+}
+
+NIBBLE_ALWAYS_INLINE Vf load_scales(const void* base, ScaleType type, std::size_t index) noexcept {
+  switch (type) {
+    case ScaleType::fp32: break;
+    case ScaleType::fp16: return load_fp16(static_cast<const std::uint16_t*>(base) + index);
+    case ScaleType::bf16: return from_bits(shift_left<16>(load_u16(static_cast<const std::uint16_t*>(base) + index)));
+  }
+  return load(static_cast<const float*>(base) + index);
+}
+
+// One panel's decoder. group() at every start of a group, then unit() and value<0>() .. value<7>() for every unit.
+template <Decode kind>
+struct Decoder {
+  Vf scale[halves];
+  Vf offset[halves];  // the float offset; asymmetric: float(zero), for int4 by table
+  Vi zeros[halves];
+  Vi codes[2 * halves];
+  const std::uint8_t* at;
+
+  NIBBLE_ALWAYS_INLINE void group(const PanelView& w, std::size_t panel, std::size_t g) noexcept {
+    if constexpr (has_groups(kind)) {
+      NIBBLE_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        const std::size_t index = (panel * w.groups + g) * panel_width + static_cast<std::size_t>(h * lanes);
+        scale[h] = load_scales(w.scales, w.scale_type, index);
+        if constexpr (kind == Decode::int8_offset || kind == Decode::int4_offset)
+          offset[h] = load_scales(w.zeros, w.scale_type, index);
+        if constexpr (kind == Decode::int8 || kind == Decode::int4) {
+          zeros[h] = load_s8(static_cast<const std::int8_t*>(w.zeros) + index);
+          offset[h] = to_float(zeros[h]);
+        }
+      }
+    }
+  }
+
+  NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* p) noexcept {
+    at = p;
+    if constexpr (unit_bytes(kind) == 64) {
+      NIBBLE_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        codes[h] = load_int(p + h * lanes * 4);
+        // Offset binary to two's complement, so that an arithmetic shift yields q - 8.
+        if constexpr (kind == Decode::int4_plain)
+          codes[h] = xor_int(codes[h], set1_int(static_cast<std::int32_t>(0x88888888U)));
+      }
+    } else if constexpr (unit_bytes(kind) == 128) {
+      NIBBLE_UNROLL
+      for (int h = 0; h < 2 * halves; ++h)
+        codes[h] = xor_int(load_int(p + h * lanes * 4), set1_int(static_cast<std::int32_t>(0x80808080U)));
+    }
+  }
+
+  // k = 8 * unit + I, lanes of half h.
+  template <int I>
+  NIBBLE_ALWAYS_INLINE Vf value(int h, const Lookup16& table) const noexcept {
+    if constexpr (kind == Decode::fp32) {
+      return load(reinterpret_cast<const float*>(at) + I * 16 + h * lanes);
+    } else if constexpr (kind == Decode::fp16) {
+      return load_fp16(at + (I * 16 + h * lanes) * 2);
+    } else if constexpr (kind == Decode::bf16) {
+      const Vi pair = load_int(at + (I / 2) * 64 + h * lanes * 4);
+      if constexpr (I % 2 == 0) return from_bits(shift_left<16>(pair));
+      return from_bits(and_int(pair, set1_int(static_cast<std::int32_t>(0xFFFF0000U))));
+    } else if constexpr (unit_bytes(kind) == 128) {
+      const Vi q = shift_right_signed<24>(shift_left<24 - 8 * (I % 4)>(codes[(I / 4) * halves + h]));
+      if constexpr (kind == Decode::int8) return mul_only(scale[h], to_float(sub_int(q, zeros[h])));
+      if constexpr (kind == Decode::int8_plain) return mul_only(scale[h], to_float(q));
+      return fma(scale[h], to_float(q), offset[h]);
+    } else {
+      constexpr int shift = 8 * (I % 4) + 4 * (I / 4);
+      if constexpr (kind == Decode::levels) return mul_only(scale[h], lookup16<shift>(table, codes[h]));
+      if constexpr (kind == Decode::int4_plain)
+        return mul_only(scale[h], to_float(shift_right_signed<28>(shift_left<28 - shift>(codes[h]))));
+      if constexpr (cheap_lookup) {
+        const Vf q = lookup16<shift>(table, codes[h]);
+        if constexpr (kind == Decode::int4) return mul_only(scale[h], sub(q, offset[h]));
+        return fma(scale[h], q, offset[h]);
+      } else {
+        const Vi q = and_int(shift_right<shift>(codes[h]), set1_int(15));
+        if constexpr (kind == Decode::int4) return mul_only(scale[h], to_float(sub_int(q, zeros[h])));
+        return fma(scale[h], to_float(q), offset[h]);
+      }
+    }
+  }
+};
+
+// All eight k of the current unit to out[8][16].
+template <Decode kind, int I = 0>
+NIBBLE_ALWAYS_INLINE void decode_unit(const Decoder<kind>& d, const Lookup16& table, float* out) noexcept {
+  if constexpr (I < 8) {
+    NIBBLE_UNROLL
+    for (int h = 0; h < halves; ++h) store(out + I * 16 + h * lanes, d.template value<I>(h, table));
+    decode_unit<kind, I + 1>(d, table, out);
+  }
+}

@@ -1,0 +1,116 @@
+// Accumulators to outputs. The operations of exp_reference and its activations, lane by lane.
+
+NIBBLE_ALWAYS_INLINE Vf exp(Vf x) noexcept {
+  using C = ExpConstants;
+  // The operand that a NaN comes out of is the second.
+  x = max(set1(C::lowest), x);
+  x = min(set1(C::highest), x);
+  const Vf shifted = fma(x, set1(C::log2_e), set1(C::magic));
+  const Vf n = sub(shifted, set1(C::magic));
+  Vf r = fma(n, set1(C::minus_ln2_hi), x);
+  r = fma(n, set1(C::minus_ln2_lo), r);
+  Vf p = fma(set1(C::c6), r, set1(C::c5));
+  p = fma(p, r, set1(C::c4));
+  p = fma(p, r, set1(C::c3));
+  p = fma(p, r, set1(C::c2));
+  p = fma(p, r, set1(1.0F));
+  p = fma(p, r, set1(1.0F));
+  const Vi exponent = sub_int(bits(shifted), set1_int(C::magic_bits));
+  const Vi half = shift_right_signed<1>(exponent);
+  const Vi rest = sub_int(exponent, half);
+  const Vi bias = set1_int(127);
+  return mul(mul(p, from_bits(shift_left<23>(add_int(half, bias)))), from_bits(shift_left<23>(add_int(rest, bias))));
+}
+
+NIBBLE_ALWAYS_INLINE Vf silu(Vf v) noexcept {
+  const Vf minus = from_bits(xor_int(bits(v), set1_int(static_cast<std::int32_t>(0x80000000U))));
+  return div(v, add(set1(1.0F), exp(minus)));
+}
+
+NIBBLE_ALWAYS_INLINE Vf gelu(Vf v) noexcept {
+  const Vf cube = mul(mul(v, v), v);
+  const Vf u = mul(set1(0.797884561F), fma(set1(0.044715F), cube, v));
+  return div(v, add(set1(1.0F), exp(mul(set1(-2.0F), u))));
+}
+
+// V vectors from column c of row r; `count` lanes of the last are meant where V is 1.
+template <int V>
+NIBBLE_ALWAYS_INLINE void epilogue_block(const EpilogueArgs& a, std::size_t r, std::size_t c,
+                                         std::size_t count) noexcept {
+  const bool whole = V != 1 || count == lanes;
+  const auto get = [&](const float* p, int v) noexcept {
+    return whole ? load(p + v * lanes) : load_n(p, count);
+  };
+  Vf y[V];
+  NIBBLE_UNROLL
+  for (int v = 0; v < V; ++v) y[v] = get(a.acc + r * a.acc_stride + c, v);
+  if (a.row_zeros != nullptr) {
+    const Vf minus_zero = set1(-a.row_zeros[r]);
+    NIBBLE_UNROLL
+    for (int v = 0; v < V; ++v) y[v] = fma(minus_zero, get(a.channel_sums + c, v), y[v]);
+  }
+  if (a.row_scales != nullptr) {
+    const Vf scale = set1(a.row_scales[r]);
+    NIBBLE_UNROLL
+    for (int v = 0; v < V; ++v) y[v] = mul(y[v], scale);
+  }
+  for (std::size_t i = 0; i < a.op_count; ++i) {
+    const EpilogueOp& op = a.ops[i];
+    const float* row = op.data == nullptr ? nullptr : op.data + c;
+    switch (op.kind) {
+      case EpilogueOpKind::multiply: row += r * op.stride; [[fallthrough]];
+      case EpilogueOpKind::scale:
+        NIBBLE_UNROLL
+        for (int v = 0; v < V; ++v) y[v] = mul(y[v], get(row, v));
+        break;
+      case EpilogueOpKind::add: row += r * op.stride; [[fallthrough]];
+      case EpilogueOpKind::bias:
+        NIBBLE_UNROLL
+        for (int v = 0; v < V; ++v) y[v] = add(y[v], get(row, v));
+        break;
+      case EpilogueOpKind::relu:
+        NIBBLE_UNROLL
+        for (int v = 0; v < V; ++v) y[v] = zero_unless_positive_or_nan(y[v]);
+        break;
+      case EpilogueOpKind::silu:
+        NIBBLE_UNROLL
+        for (int v = 0; v < V; ++v) y[v] = silu(y[v]);
+        break;
+      case EpilogueOpKind::gelu:
+        NIBBLE_UNROLL
+        for (int v = 0; v < V; ++v) y[v] = gelu(y[v]);
+        break;
+    }
+  }
+  if (a.out_int8 != nullptr) {
+    std::int8_t* out = a.out_int8 + r * a.out_stride + c;
+    const Vf scale = set1(a.out_scale);
+    const Vf zero_point = set1(static_cast<float>(a.out_zero));
+    NIBBLE_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const Vf q = add(zero_if_nan(round(div(y[v], scale))), zero_point);
+      const Vi code = to_int(min(max(q, set1(-128.0F)), set1(127.0F)));
+      if (whole)
+        store_8(out + v * lanes, code);
+      else
+        store_8_n(out, code, count);
+    }
+  } else {
+    float* out = a.out + r * a.out_stride + c;
+    NIBBLE_UNROLL
+    for (int v = 0; v < V; ++v) {
+      if (whole)
+        store(out + v * lanes, y[v]);
+      else
+        store_n(out, y[v], count);
+    }
+  }
+}
+
+inline void epilogue(const EpilogueArgs& a) noexcept {
+  for (std::size_t r = 0; r < a.rows; ++r) {
+    std::size_t c = 0;
+    for (; c + 4 * lanes <= a.cols; c += 4 * lanes) epilogue_block<4>(a, r, c, lanes);
+    for (; c < a.cols; c += lanes) epilogue_block<1>(a, r, c, a.cols - c < lanes ? a.cols - c : lanes);
+  }
+}

@@ -1,0 +1,56 @@
+// Rows of floats to int8, one scale a row: two passes over a row, which the second finds in the first-level cache.
+
+inline void quantize_row(const float* x, std::size_t k, bool symmetric, std::int8_t* q, float* scale_out,
+                         std::int32_t* zero_out) noexcept {
+  const LineRange range = line_range(x, k);
+  float scale = float_from_bits(0x7FC00000U);
+  float zero_point = 0.0F;
+  if (!range.finite) {
+    std::memset(q, 0, k);
+  } else {
+    constexpr float smallest = 0x1p-126F;  // FLT_MIN
+    const float low = range.min < 0.0F ? range.min : 0.0F;
+    const float high = range.max > 0.0F ? range.max : 0.0F;
+    const float widest = -low > high ? -low : high;
+    if (symmetric)
+      scale = widest / 127.0F;
+    else
+      scale = high / 255.0F - low / 255.0F;
+    scale = scale > smallest ? scale : smallest;
+    if (widest == 0.0F) scale = 1.0F;
+    QuantizeLineArgs line;
+    if (!symmetric) {
+      const float exact = round_scalar(-128.0F - low / scale);
+      zero_point = exact < -128.0F ? -128.0F : exact > 127.0F ? 127.0F : exact;
+    }
+    line.x = x;
+    line.n = k;
+    line.scale = scale;
+    line.zero = static_cast<std::int32_t>(zero_point);
+    line.qmin = symmetric ? -127 : -128;
+    line.qmax = 127;
+    line.q = q;
+    quantize_line(line);
+  }
+  *scale_out = scale;
+  if (zero_out != nullptr) *zero_out = static_cast<std::int32_t>(zero_point);
+}
+
+inline void quantize_rows(const QuantizeRowsArgs& a) noexcept {
+  for (std::size_t r = 0; r < a.rows; ++r) {
+    std::int8_t* q = a.q + r * a.q_stride;
+    quantize_row(a.x + r * a.x_stride, a.k, a.symmetric, q, a.scales + r, a.zeros == nullptr ? nullptr : a.zeros + r);
+    std::memset(q + a.k, 0, a.q_stride - a.k);
+  }
+}
+
+// Sums of blocks of 16 codes: what an activation's sums over a group are made of.
+inline void block_sums(const std::int8_t* q, std::size_t n, std::int32_t* out) noexcept {
+  std::size_t i = 0;
+  for (; i + 64 <= n; i += 64) sum_blocks_4(q + i, out + i / 16);
+  for (; i < n; i += 16) {
+    std::int32_t sum = 0;
+    for (std::size_t j = 0; j < 16; ++j) sum += q[i + j];
+    out[i / 16] = sum;
+  }
+}
