@@ -42,6 +42,7 @@ TEST(Pack, UnpackGivesBackEveryBit) {
       ASSERT_EQ(back.shape(), q.shape());
       ASSERT_EQ(back.scheme(), q.scheme());
       ASSERT_TRUE(same(back.codes(), q.codes())) << name_of(scheme.format) << " " << n << " " << k;
+      if (n * k == 0) continue;  // parameters of no element are not kept
       ASSERT_TRUE(same(back.scales(), q.scales())) << name_of(scheme.format) << " " << n << " " << k;
       ASSERT_TRUE(same(back.zeros(), q.zeros())) << name_of(scheme.format) << " " << n << " " << k;
     }
