@@ -97,6 +97,23 @@ class AtomicFile {
     }
   }
 
+  /// Writes bytes at an offset of their own, for files whose parts come in any order. Appended bytes are not moved by
+  /// it; what is never written reads as zeros.
+  void write_at(std::uint64_t offset, const void* data, std::size_t size) {
+    require_open();
+    if (size > static_cast<std::uint64_t>(INT64_MAX) || offset > static_cast<std::uint64_t>(INT64_MAX) - size)
+      fail_write("write", EFBIG);
+    const auto* p = static_cast<const std::uint8_t*>(data);
+    while (size != 0) {
+      const ssize_t n = ::pwrite(fd_.get(), p, std::min(size, largest_write), static_cast<off_t>(offset));
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) fail_write("write", errno);
+      p += n;
+      offset += static_cast<std::uint64_t>(n);
+      size -= static_cast<std::size_t>(n);
+    }
+  }
+
   /// Bytes appended so far.
   std::uint64_t position() const noexcept { return written_; }
   /// The file that will be replaced.
@@ -122,6 +139,7 @@ class AtomicFile {
  private:
   enum class State : std::uint8_t { open, failed, closed };
   static constexpr std::size_t buffer_bytes = std::size_t{1} << 18;
+  static constexpr std::size_t largest_write = std::size_t{1} << 30;
 
   static std::string directory_of(const std::string& path) {
     const std::size_t slash = path.rfind('/');
@@ -141,7 +159,7 @@ class AtomicFile {
     detail::require(state_ == State::open, "AtomicFile: '", path_, "' was committed or moved from");
   }
 
-  // Follows a link by hand-free means: realpath names the file that a write through the link would change.
+  // A write through a link changes what it points to, and so does a replacement.
   void resolve_link() {
     struct stat status;
     if (::lstat(path_.c_str(), &status) != 0 || !S_ISLNK(status.st_mode)) return;
@@ -178,11 +196,9 @@ class AtomicFile {
 
   void write_through(const std::uint8_t* data, std::size_t size) {
     while (size != 0) {
-      const ssize_t n = ::write(fd_.get(), data, std::min<std::size_t>(size, std::size_t{1} << 30));
-      if (n < 0) {
-        if (errno == EINTR) continue;
-        fail_write("write", errno);
-      }
+      const ssize_t n = ::write(fd_.get(), data, std::min(size, largest_write));
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) fail_write("write", errno);
       data += n;
       size -= static_cast<std::size_t>(n);
     }
