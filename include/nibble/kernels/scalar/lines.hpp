@@ -40,6 +40,9 @@ inline LineRange line_range(const float* x, std::size_t n) noexcept {
     range.max = x[i] > range.max ? x[i] : range.max;
   }
   if (!range.finite) range.min = range.max = 0.0F;
+  // A zero is the positive one, whichever sign was met first: vectors meet them in another order.
+  range.min += 0.0F;
+  range.max += 0.0F;
   return range;
 }
 
