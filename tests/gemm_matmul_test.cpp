@@ -359,6 +359,32 @@ TEST(Matmul, GroupedProductsEqualSeparateOnes) {
   for (int i = 0; i < 3; ++i) EXPECT_EQ(bits(together[i]), bits(separate[i]));
 }
 
+TEST(Matmul, BatchedProductsEqualSeparateOnes) {
+  std::vector<PackedMatrix> ws;
+  std::vector<MatrixXf> xs;
+  std::vector<MatrixXf> expected;
+  std::vector<MatrixXf> ys;
+  for (unsigned i = 0; i < 9; ++i) {
+    const Format format = i % 3 == 0 ? Format::fp32 : i % 3 == 1 ? Format::int4 : Format::nf4;
+    ws.push_back(pack(random_quantized(scheme_of(format, Symmetry::symmetric, Granularity::per_group(16)), 10 + i, 20, i)));
+    xs.push_back(random_floats(20, 1 + i, i));
+    expected.push_back(ws.back() * xs.back());
+    ys.emplace_back(10 + i, 1 + i);
+  }
+  std::vector<nibble::BatchedProduct> batch;
+  for (std::size_t i = 0; i < 9; ++i)
+    batch.push_back({&ws[i], xs[i].data(), 20, ys[i].data(), ws[i].rows(), xs[i].cols(), {}});
+  ThreadPool pool(2);
+  MatmulOptions options;
+  options.pool = &pool;
+  nibble::matmul_batched(batch.data(), batch.size(), options);
+  for (std::size_t i = 0; i < 9; ++i) EXPECT_EQ(bits(ys[i]), bits(expected[i]));
+  batch[8].y_stride = 3;
+  ys[0].setZero();
+  EXPECT_THROW(nibble::matmul_batched(batch.data(), batch.size(), options), InvalidArgument);
+  EXPECT_EQ(ys[0], MatrixXf::Zero(10, 1));
+}
+
 TEST(Matmul, TransposedEqualsTheDequantizedProduct) {
   unsigned seed = 5;
   for (const Scheme& scheme : {scheme_of(Format::int4, Symmetry::asymmetric, Granularity::per_group(32)),

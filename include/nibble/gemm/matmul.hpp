@@ -238,5 +238,48 @@ inline void matmul_grouped(const GroupedProduct* products, std::size_t count, co
   if (used != 0) detail::run_jobs(jobs.data(), used, options.pool, detail::workspace_of(options));
 }
 
+/// One product of a batch: w * x into y, any format of weights.
+struct BatchedProduct {
+  const PackedMatrix* w = nullptr;
+  const float* x = nullptr;       ///< k x tokens, column-major
+  Eigen::Index x_stride = 0;      ///< floats from one token to the next; at least k
+  float* y = nullptr;             ///< n x tokens, column-major; overlaps no other product's x or y
+  Eigen::Index y_stride = 0;      ///< at least n
+  Eigen::Index tokens = 0;
+  Epilogue epilogue = {};
+};
+
+/// Many small independent products in one call (heads, experts, layers of an ensemble): each runs whole on one thread,
+/// so the threads meet once. Options' epilogue is not used; its workspace serves serial calls only.
+inline void matmul_batched(const BatchedProduct* products, std::size_t count, const MatmulOptions& options = {}) {
+  const auto in = [](const BatchedProduct& p) {
+    return Eigen::Map<const Eigen::MatrixXf, 0, Eigen::OuterStride<>>(p.x, p.w->cols(), p.tokens,
+                                                                      Eigen::OuterStride<>(p.x_stride));
+  };
+  const auto out = [](const BatchedProduct& p) {
+    return Eigen::Map<Eigen::MatrixXf, 0, Eigen::OuterStride<>>(p.y, p.w->rows(), p.tokens,
+                                                                Eigen::OuterStride<>(p.y_stride));
+  };
+  // All are checked before the first runs: nothing is half-written.
+  for (std::size_t i = 0; i < count; ++i) {
+    const BatchedProduct& p = products[i];
+    detail::require(p.w != nullptr, "batched product ", i, " has no w");
+    detail::require(p.tokens >= 0 && p.x_stride >= p.w->cols() && p.y_stride >= p.w->rows(), "batched product ", i,
+                    " has ", p.tokens, " tokens, x_stride ", p.x_stride, " and y_stride ", p.y_stride,
+                    ", expected strides of at least ", p.w->cols(), " and ", p.w->rows());
+    p.epilogue.check(p.w->rows(), p.tokens);
+    detail::activations_for(*p.w, options.activations);
+    detail::require_apart(in(p), out(p), "x", "y");
+  }
+  detail::for_tasks(options.pool, count, [&](std::size_t i, std::size_t) {
+    MatmulOptions serial;
+    serial.activations = options.activations;
+    serial.isa = options.isa;
+    serial.epilogue = products[i].epilogue;
+    if (options.pool == nullptr) serial.workspace = options.workspace;
+    matmul(*products[i].w, in(products[i]), out(products[i]), serial);
+  });
+}
+
 }  // namespace NIBBLE_ABI
 }  // namespace nibble
