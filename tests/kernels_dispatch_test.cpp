@@ -1,0 +1,121 @@
+// Dispatch: the best table that the machine runs, limited by NIBBLE_MAX_ISA, complete, and really used.
+#include "nibble/kernels/dispatch.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <string>
+
+namespace {
+
+using nibble::InvalidArgument;
+using nibble::Isa;
+using nibble::Unsupported;
+using nibble::detail::choose_isa;
+using nibble::detail::CpuFeatures;
+using nibble::detail::KernelTable;
+using nibble::detail::kernels_for;
+
+constexpr Isa all[] = {Isa::scalar, Isa::avx2, Isa::avx512vnni};
+
+class MaxIsa : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    const char* value = std::getenv("NIBBLE_MAX_ISA");
+    had_ = value != nullptr;
+    if (had_) saved_ = value;
+  }
+  void TearDown() override {
+    if (had_)
+      setenv("NIBBLE_MAX_ISA", saved_.c_str(), 1);
+    else
+      unsetenv("NIBBLE_MAX_ISA");
+  }
+
+ private:
+  bool had_ = false;
+  std::string saved_;
+};
+
+TEST_F(MaxIsa, LimitsTheChoice) {
+  unsetenv("NIBBLE_MAX_ISA");
+  Isa best = Isa::scalar;
+  for (Isa isa : all)
+    if (nibble::isa_available(isa)) best = isa;
+  EXPECT_EQ(choose_isa(), best);
+  for (Isa isa : all) {
+    setenv("NIBBLE_MAX_ISA", std::string(name_of(isa)).c_str(), 1);
+    EXPECT_EQ(choose_isa(), std::min(isa, best)) << name_of(isa);
+  }
+  setenv("NIBBLE_MAX_ISA", "", 1);
+  EXPECT_EQ(choose_isa(), best);
+}
+
+TEST_F(MaxIsa, AnUnknownNameIsAnError) {
+  for (const char* bad : {"avx3", "AVX2", " avx2", "scalar "}) {
+    setenv("NIBBLE_MAX_ISA", bad, 1);
+    EXPECT_THROW(choose_isa(), InvalidArgument) << bad;
+  }
+}
+
+TEST(Dispatch, TheActiveTableIsTheChosenOne) {
+  EXPECT_EQ(nibble::active_isa(), choose_isa());
+  EXPECT_EQ(&nibble::detail::kernels(), &kernels_for(nibble::active_isa()));
+}
+
+TEST(Dispatch, AnIsaBeyondTheMachineIsAnErrorNotASignal) {
+  // Names the condition for every subset of features, whatever this machine has.
+  CpuFeatures none;
+  EXPECT_TRUE(nibble::detail::supports(none, Isa::scalar));
+  EXPECT_FALSE(nibble::detail::supports(none, Isa::avx2));
+  CpuFeatures avx2{true, true, true, false, false};
+  EXPECT_TRUE(nibble::detail::supports(avx2, Isa::avx2));
+  EXPECT_FALSE(nibble::detail::supports(avx2, Isa::avx512vnni));
+  EXPECT_FALSE(nibble::detail::supports(CpuFeatures{true, false, true, true, true}, Isa::avx512vnni));
+  EXPECT_TRUE(nibble::detail::supports(CpuFeatures{true, true, true, true, true}, Isa::avx512vnni));
+  for (Isa isa : all) {
+    if (nibble::isa_available(isa))
+      EXPECT_EQ(kernels_for(isa).isa, isa);
+    else
+      EXPECT_THROW(kernels_for(isa), Unsupported);
+  }
+}
+
+TEST(Dispatch, EveryTableIsComplete) {
+  int tables = 0;
+  for (Isa isa : all) {
+    if (!nibble::isa_available(isa)) continue;
+    ++tables;
+    const KernelTable& t = kernels_for(isa);
+    const KernelTable& s = kernels_for(Isa::scalar);
+    const bool own = isa != Isa::scalar;
+    // Present, and not the scalar kernel under another name.
+    const auto check = [&](auto entry, auto scalar, const char* name) {
+      EXPECT_NE(entry, nullptr) << name_of(isa) << " " << name;
+      if (own) {
+        EXPECT_NE(entry, scalar) << name_of(isa) << " " << name;
+      }
+    };
+    check(t.gemm_w8a8, s.gemm_w8a8, "gemm_w8a8");
+    check(t.gemm_w4a8, s.gemm_w4a8, "gemm_w4a8");
+    check(t.unpack, s.unpack, "unpack");
+    check(t.gemm_float, s.gemm_float, "gemm_float");
+    check(t.gemv_float, s.gemv_float, "gemv_float");
+    check(t.gemv_dense, s.gemv_dense, "gemv_dense");
+    check(t.quantize_rows, s.quantize_rows, "quantize_rows");
+    check(t.epilogue, s.epilogue, "epilogue");
+    check(t.block_sums, s.block_sums, "block_sums");
+    check(t.line_range, s.line_range, "line_range");
+    check(t.quantize_line, s.quantize_line, "quantize_line");
+    check(t.dequantize_line, s.dequantize_line, "dequantize_line");
+    check(t.fp16_from_float, s.fp16_from_float, "fp16_from_float");
+    check(t.float_from_fp16, s.float_from_fp16, "float_from_fp16");
+    check(t.bf16_from_float, s.bf16_from_float, "bf16_from_float");
+    check(t.float_from_bf16, s.float_from_bf16, "float_from_bf16");
+    EXPECT_GE(t.float_tile_rows, 1U);
+    EXPECT_LE(t.float_tile_rows, 16U);
+  }
+  EXPECT_GE(tables, 1);
+}
+
+}  // namespace
