@@ -12,12 +12,10 @@
 #include "nibble/gemm/packed_matrix.hpp"
 #include "nibble/gemm/thread_pool.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
+#include "nibble/quantize/quantizer.hpp"
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
-
-template <class Q>
-class Quantized;
 
 struct PackOptions {
   /// Keep the sum of each channel's values beside integer weights (4 bytes a channel): products with asymmetric
@@ -194,8 +192,8 @@ inline PackedMatrix pack(const QuantizedTensor& q, const PackOptions& options = 
                                   detail::channel_sums_of(packed.view(), shape.panels));
 }
 
-template <class Q>
-PackedMatrix pack(const Quantized<Q>& q, const PackOptions& options = {}) {
+template <class Q, class Kind>
+PackedMatrix pack(const Quantized<Q, Kind>& q, const PackOptions& options = {}) {
   return pack(q.erased(), options);
 }
 
