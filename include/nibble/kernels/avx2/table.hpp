@@ -36,9 +36,19 @@ namespace floats {
 #undef NIBBLE_UNROLL
 }  // namespace floats
 
+// clang-format off
+#include "nibble/kernels/avx2/int_ops.inl"
+#include "nibble/kernels/vector/int_params.inl"
+#include "nibble/kernels/avx2/w8a8.inl"
+#include "nibble/kernels/avx2/w4a8.inl"
+// clang-format on
+
 inline constexpr KernelTable table = [] {
   KernelTable t;
   t.isa = Isa::avx2;
+  t.int_panels = 2;
+  t.gemm_w8a8 = &gemm_w8a8;
+  t.gemm_w4a8 = &gemm_w4a8;
   t.float_tile_rows = floats::gemm_rows;
   t.float_panels = floats::gemm_panels;
   t.gemv_max_rows = 4;
