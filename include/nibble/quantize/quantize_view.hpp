@@ -40,7 +40,7 @@ class ViewQuantizer {
       given_ = true;
     } else {
       ranges_.resize(count);
-      fit_on_the_fly_ = each_line_has_its_own();
+      fit_on_the_fly_ = each_line_has_its_own() && layout_.line_count * layout_.line_length != 0;
       if (fit_on_the_fly_) return;
       for_each_block(x_.layout, [this](const LineBlock& block) {
         reader_.read(block, [this](std::size_t l, const float* line) { observe(l, line); });

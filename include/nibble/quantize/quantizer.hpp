@@ -26,7 +26,8 @@ struct Symmetric {
   static constexpr Symmetry symmetry = Symmetry::symmetric;
   static constexpr bool full_range = false;
 };
-/// As Symmetric, with the lowest code in use: Int8 -128..127, scale = absmax / 127.5; Int4 -8..7, scale = absmax / 7.5.
+/// As Symmetric, with the lowest code in use: Int8 -128..127, scale = max(-min / 128, max / 127); Int4 -8..7,
+/// scale = max(-min / 8, max / 7).
 struct SymmetricFull {
   static constexpr Symmetry symmetry = Symmetry::symmetric;
   static constexpr bool full_range = true;

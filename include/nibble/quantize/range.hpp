@@ -137,19 +137,19 @@ class GridFitter {
   Grid symmetric(const Range& r) const noexcept {
     Grid g;
     if (scheme_.format == Format::int4) g.zero = Int4::symmetric_zero;
-    const float absmax = std::max(std::max(-r.lo, r.hi), 0.0F);
-    if (absmax == 0.0F) return g;
     if (scheme_.format == Format::nf4) {
-      g.scale = stored_scale(absmax);
+      const float absmax = std::max(-r.lo, r.hi);
+      if (absmax > 0.0F) g.scale = stored_scale(absmax);
       // Only among fp16's subnormals is a stored scale so coarse.
       constexpr double reach = 1.0 + static_cast<double>(nf4_widest_half_gap);
       if (narrow() && static_cast<double>(absmax) > reach * static_cast<double>(g.scale)) g.scale = next(g.scale);
       return g;
     }
-    const float top = static_cast<float>(codes_.max - g.zero) + (scheme_.full_range ? 0.5F : 0.0F);
-    g.scale = stored_scale(rounded(absmax / top));
-    if (narrow() && static_cast<double>(absmax) > (codes_.max - g.zero + 0.5) * static_cast<double>(g.scale))
-      g.scale = next(g.scale);
+    // Both divisors are the same unless the lowest code is in use: then this is absmax / 127 or / 7.
+    const float below = rounded(-r.lo / static_cast<float>(g.zero - codes_.min));
+    const float above = rounded(r.hi / static_cast<float>(codes_.max - g.zero));
+    if (r.lo != 0.0F || r.hi != 0.0F) g.scale = stored_scale(std::max(below, above));
+    if (narrow() && shortfall(g, r) > 1.0) g.scale = next(g.scale);
     return g;
   }
 

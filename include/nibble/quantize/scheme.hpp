@@ -41,8 +41,8 @@ struct Scheme {
   Granularity granularity;
   ScaleType scale_type = ScaleType::fp32;
   /// Symmetric integers only. false: the grid ends at +-127 or +-7, scale = absmax / 127 or / 7. true: it uses the
-  /// lowest code as well, -128..127 or -8..7, and scale = absmax / 127.5 or / 7.5, the finest that keeps every error
-  /// within half a step. Only quantizing differs; codes and equations are the same.
+  /// lowest code as well, -128..127 or -8..7, scale = max(-min / 128, max / 127) or max(-min / 8, max / 7): finer where
+  /// the largest magnitude is negative. Only quantizing differs; codes and equations are the same.
   bool full_range = false;
 
   friend constexpr bool operator==(const Scheme& a, const Scheme& b) noexcept {
