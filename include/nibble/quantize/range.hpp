@@ -174,12 +174,17 @@ class GridFitter {
     Grid g;
     // A constant that is not zero keeps a tiny scale: a large one would drown it in the offset.
     if (r.lo != 0.0F || r.hi != 0.0F) g.scale = stored_scale(rounded(width / steps));
-    // The offset is rounded too, and where values are large beside their spread that error exceeds the step: widen.
+    // The offset is rounded too. Where values are large beside their spread, its error e exceeds half a step and the
+    // end of the data drops off the grid: widen to 2e. That moves an int8 offset and so makes another e; a step of an
+    // ulp of the offset is enough for any.
     for (int attempt = 0;; ++attempt) {
+      const double exact = static_cast<double>(r.lo) - codes_.min * static_cast<double>(g.scale);
       g.offset = stored(std::fma(static_cast<float>(-codes_.min), g.scale, r.lo));
-      const double lack = shortfall(g, r);
-      if (!(lack > 1.0) || attempt == 8 || !scalar::is_finite(g.offset)) return g;
-      g.scale = std::max(next(g.scale), stored(static_cast<float>(lack * static_cast<double>(g.scale))));
+      if (!(shortfall(g, r) > 1.0) || attempt == 8 || !scalar::is_finite(g.offset)) return g;
+      const float magnitude = std::fabs(g.offset);
+      const float ulp = rounded(step_to(scheme_.scale_type, magnitude, 1) - magnitude);
+      const auto error = static_cast<float>(std::fabs(static_cast<double>(g.offset) - exact));
+      g.scale = std::max(next(g.scale), stored(attempt < 4 ? 2.0F * error : ulp));
     }
   }
 
