@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -352,6 +353,9 @@ class SafetensorsFile {
     const auto* text = reinterpret_cast<const char*>(bytes.data() + 8);
     if (length == 0 || text[0] != '{') fail("the header does not start with '{'");
 
+    // nlohmann/json takes a NUL for the end of its input; to JSON it is an error, and here it could hide bytes.
+    if (std::memchr(text, 0, static_cast<std::size_t>(length)) != nullptr)
+      fail("the header is not valid JSON (it holds a NUL)");
     detail::SafetensorsHeader header;
     if (!nlohmann::json::sax_parse(text, text + length, &header)) fail(header.error);
     metadata_ = std::move(header.metadata);
