@@ -31,7 +31,7 @@ class ErrorStats {
     yy_ += b * b;
     xy_ += a * b;
     ee_ += e * e;
-    if (!(std::fabs(e) <= max_)) max_ = std::fabs(e);
+    raise_max(std::fabs(e));
   }
   void add(const ErrorStats& other) noexcept {
     count_ += other.count_;
@@ -39,7 +39,7 @@ class ErrorStats {
     yy_ += other.yy_;
     xy_ += other.xy_;
     ee_ += other.ee_;
-    if (!(other.max_ <= max_)) max_ = other.max_;
+    raise_max(other.max_);
   }
 
   std::size_t count() const noexcept { return count_; }
@@ -59,6 +59,9 @@ class ErrorStats {
   }
 
  private:
+  // A NaN gets in and stays.
+  void raise_max(double e) noexcept { max_ = e > max_ || e != e ? e : max_; }
+
   std::size_t count_ = 0;
   double xx_ = 0.0;
   double yy_ = 0.0;
