@@ -3,13 +3,16 @@
 
 #include <Eigen/Core>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "format_spec.hpp"
 #include "hparams.hpp"
 #include "nibble/gemm/pack.hpp"
 #include "nibble/io/gguf_quantized.hpp"
+#include "packed_model.hpp"
 #include "vocabulary.hpp"
 
 namespace llm {
@@ -37,6 +40,8 @@ class ModelFile {
   virtual nibble::PackedMatrix matrix(const std::string& name, nibble::ThreadPool* pool) const = 0;
   /// The same as codes and scales in logical order: exactly what the file holds.
   virtual nibble::QuantizedTensor quantized(const std::string& name) const = 0;
+  /// The scheme that quantized() has.
+  virtual nibble::Scheme scheme(const std::string& name) const = 0;
   /// A vector (norm) as floats.
   virtual Eigen::VectorXf vector(const std::string& name) const = 0;
   /// The GGUF behind it, or nullptr.
@@ -76,6 +81,9 @@ class GgufModelFile : public ModelFile {
   nibble::QuantizedTensor quantized(const std::string& name) const override {
     return nibble::to_quantized(file_.tensor(name));
   }
+  nibble::Scheme scheme(const std::string& name) const override {
+    return nibble::gguf_scheme(file_.tensor(name).type);
+  }
   Eigen::VectorXf vector(const std::string& name) const override {
     const std::vector<float> values = file_.tensor(name).dequantize();
     return Eigen::Map<const Eigen::VectorXf>(values.data(), static_cast<Eigen::Index>(values.size()));
@@ -87,5 +95,56 @@ class GgufModelFile : public ModelFile {
   Hparams hparams_;
   std::vector<TensorInfo> tensors_;
 };
+
+/// Weights stay where the file is mapped: nothing is copied or packed again.
+class PackedModelFile : public ModelFile {
+ public:
+  explicit PackedModelFile(const std::string& path)
+      : file_(nibble::PackedFile::open(path)), hparams_(hparams_of(packed_detail::json_of(file_, "hparams"))) {
+    for (const auto& [name, matrix] : file_.matrices())
+      tensors_.push_back({name, {matrix.header().rows, matrix.header().cols}, name_of(matrix.scheme()),
+                          matrix.byte_size()});
+    for (const nibble::SafetensorsTensor& t : file_.safetensors().tensors()) {
+      bytes_ += t.data.size();
+      if (is_vocabulary_tensor(t.name) || is_part(t.name)) continue;
+      tensors_.push_back({t.name, t.shape, std::string(nibble::name_of(t.type)), t.data.size()});
+    }
+  }
+
+  std::string kind() const override { return "packed safetensors"; }
+  std::size_t bytes() const override { return bytes_; }
+  const Hparams& hparams() const override { return hparams_; }
+  Vocabulary vocabulary() const override { return vocabulary_of(file_); }
+  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+  nibble::PackedMatrix matrix(const std::string& name, nibble::ThreadPool*) const override {
+    return file_.matrix(name);
+  }
+  nibble::QuantizedTensor quantized(const std::string& name) const override { return file_.matrix(name).unpack(); }
+  nibble::Scheme scheme(const std::string& name) const override { return file_.matrix(name).scheme(); }
+  Eigen::VectorXf vector(const std::string& name) const override {
+    const auto values = packed_detail::values_of<float>(file_, name.c_str(), nibble::SafetensorsType::f32, true);
+    return Eigen::Map<const Eigen::VectorXf>(values.data(), static_cast<Eigen::Index>(values.size()));
+  }
+
+ private:
+  /// True for ".codes", ".scales", ... of a matrix.
+  bool is_part(const std::string& name) const {
+    return file_.find_matrix(std::string_view(name).substr(0, name.rfind('.'))) != nullptr;
+  }
+
+  nibble::PackedFile file_;
+  Hparams hparams_;
+  std::vector<TensorInfo> tensors_;
+  std::size_t bytes_ = 0;
+};
+
+/// Opens either kind, by what the file begins with. Throws IoError, FormatError or Unsupported.
+inline std::unique_ptr<ModelFile> open_model(const std::string& path) {
+  const nibble::MappedFile file = nibble::MappedFile::open(path);
+  if (file.size() >= 4 && std::memcmp(file.data(), "GGUF", 4) == 0) return std::make_unique<GgufModelFile>(path);
+  nibble::detail::require<nibble::FormatError>(file.size() > 8 && file.data()[8] == '{', "'", path,
+                                               "' is neither a GGUF nor a packed safetensors file");
+  return std::make_unique<PackedModelFile>(path);
+}
 
 }  // namespace llm
