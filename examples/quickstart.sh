@@ -51,8 +51,8 @@ if [ ! -f "$build/CMakeCache.txt" ]; then
   if command -v ninja >/dev/null; then generator=(-G Ninja); fi
   cmake -S . -B "$build" "${generator[@]}" -DNIBBLE_BUILD_TESTS=OFF -DNIBBLE_BUILD_BENCHMARKS=OFF
 fi
-nice cmake --build "$build" --target nibble_program --parallel "$(nproc)"
-nibble=$(find "$build" -type f -name nibble -perm -u+x | head -n 1)
+nice cmake --build "$build" --target nibble_cli --parallel "$(nproc)"
+nibble=$build/examples/llm/nibble
 
 formats=fp32,fp16,int8,int4-g32,int4-g128-sym,nf4
 windows=4
