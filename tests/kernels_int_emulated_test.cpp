@@ -17,10 +17,13 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail::emulated512 {
 
+// clang-format off
 #include "emulation/avx512_int_ops.inl"
+#include "nibble/kernels/vector/int_params.inl"
 #include "nibble/kernels/avx512vnni/int_tiles.inl"
 #include "nibble/kernels/avx512vnni/w4a8.inl"
 #include "nibble/kernels/avx512vnni/w8a8.inl"
+// clang-format on
 
 }  // namespace detail::emulated512
 }  // namespace NIBBLE_ABI

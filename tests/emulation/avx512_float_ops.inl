@@ -15,8 +15,10 @@ constexpr int lanes = 16;
 constexpr int halves = 1;
 constexpr std::size_t gemm_rows = avx512vnni::floats::gemm_rows;
 constexpr std::size_t gemm_panels = avx512vnni::floats::gemm_panels;
-constexpr std::size_t gemv_panels = avx512vnni::floats::gemv_panels;
-constexpr std::size_t gemv_block_panels = avx512vnni::floats::gemv_block_panels;
+constexpr int gemv_panels_1 = avx512vnni::floats::gemv_panels_1;
+constexpr int gemv_panels_2 = avx512vnni::floats::gemv_panels_2;
+constexpr int gemv_panels_4 = avx512vnni::floats::gemv_panels_4;
+constexpr std::size_t gemv_prefetch = avx512vnni::floats::gemv_prefetch;
 constexpr bool cheap_lookup = avx512vnni::floats::cheap_lookup;
 
 template <class F>
@@ -169,6 +171,11 @@ NIBBLE_EMULATED Vi shift_right(Vi v) noexcept {
 template <int N>
 NIBBLE_EMULATED Vi shift_right_signed(Vi v) noexcept {
   return each_int([&](int i) { return v.v[i] >> N; });
+}
+
+template <int J>
+NIBBLE_EMULATED Vi byte_of_lanes(Vi v) noexcept {
+  return each_int([&](int i) { return unsigned_of(v.v[i]) >> (8 * J) & 255U; });
 }
 
 struct Lookup16 {

@@ -46,6 +46,7 @@ NIBBLE_EMULATED Int load_int(const void* p) noexcept {
   std::memcpy(out.lane, p, sizeof out.lane);
   return out;
 }
+NIBBLE_EMULATED Int load_codes(const std::uint8_t* p) noexcept { return load_int(p); }
 NIBBLE_EMULATED void store_int(void* p, Int v) noexcept { std::memcpy(p, v.lane, sizeof v.lane); }
 NIBBLE_EMULATED Int broadcast4(const void* p) noexcept {
   std::int32_t v;

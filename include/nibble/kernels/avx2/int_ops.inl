@@ -11,6 +11,12 @@ NIBBLE_ALWAYS_INLINE Int set_int(std::int32_t v) noexcept { return _mm256_set1_e
 NIBBLE_ALWAYS_INLINE Int load_int(const void* p) noexcept {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
+/// The same, once: GCC 12 would load again for every use.
+NIBBLE_ALWAYS_INLINE Int load_codes(const std::uint8_t* p) noexcept {
+  Int v;
+  asm("{vmovdqu %1, %0|vmovdqu %0, %1}" : "=x"(v) : "m"(*static_cast<const char(*)[32]>(static_cast<const void*>(p))));
+  return v;
+}
 NIBBLE_ALWAYS_INLINE void store_int(void* p, Int v) noexcept { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 /// Four bytes from an address of any alignment, to every lane.
@@ -69,13 +75,21 @@ NIBBLE_ALWAYS_INLINE void add_dot32(Int& acc, Int a, Int b) noexcept {
       : "+x"(acc), "=&x"(t)
       : "x"(a), "x"(b));
 }
-/// Per half: a0 + a1, a2 + a3, b0 + b1, b2 + b3 of its int32.
-NIBBLE_ALWAYS_INLINE Int fold(Int a, Int b) noexcept {
-  const __m256 fa = _mm256_castsi256_ps(a);
-  const __m256 fb = _mm256_castsi256_ps(b);
-  return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88)),
-                          _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd)));
+/// The same where b is not needed any more: one register less.
+NIBBLE_ALWAYS_INLINE void add_dot32_last(Int& acc, Int a, Int b) noexcept {
+  asm("{vpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0|vpmaddwd %1, %2, %1\n\tvpaddd %0, %0, %1}"
+      : "+x"(acc), "+x"(b)
+      : "x"(a));
 }
+/// Per half: lanes 0, 2 of a and of b (1, 3).
+NIBBLE_ALWAYS_INLINE Int even_lanes(Int a, Int b) noexcept {
+  return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+}
+NIBBLE_ALWAYS_INLINE Int odd_lanes(Int a, Int b) noexcept {
+  return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd));
+}
+/// Per half: a0 + a1, a2 + a3, b0 + b1, b2 + b3.
+NIBBLE_ALWAYS_INLINE Int fold(Int a, Int b) noexcept { return add(even_lanes(a, b), odd_lanes(a, b)); }
 
 NIBBLE_ALWAYS_INLINE Float zero_float() noexcept { return _mm256_setzero_ps(); }
 NIBBLE_ALWAYS_INLINE Float set_float(float v) noexcept { return _mm256_set1_ps(v); }

@@ -9,9 +9,11 @@ using int_params::Codes4;
 inline constexpr std::size_t row_block = 64;
 inline constexpr std::size_t panel_block = 4;
 inline constexpr std::size_t few_rows = row_block / panel_block;  // up to here, panels go in blocks
+inline constexpr std::size_t stream_rows = 2;
+inline constexpr std::size_t prefetch_bytes = 2048;
 
-enum class Start { sums, partial };
-enum class End { partial, scale, offset };
+enum class Start { shifted, multiplied, partial };  // from -2^shift * S, from -zero * S, or what the group has
+enum class End { partial, scale, offset };          // keep, or acc = fma(scale, D, acc) (and the offset's)
 
 /// One pass of all rows over the weights in the registers.
 struct RowPass {
@@ -24,9 +26,16 @@ struct RowPass {
   float* acc = nullptr;             // [rows][8]
 };
 
+/// One group's parameters of 8 channels.
+struct Params {
+  Float scale;
+  Float offset;
+  Int zero;
+  Int shift;
+};
+
 template <int Rows, int Dots, Start start, End end>
-NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w)[Dots], Float scale, Float offset, Int shift,
-                                    RowPass& pass) noexcept {
+NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w)[Dots], const Params& params, RowPass& pass) noexcept {
   Int d[Rows];
 #pragma GCC unroll 8
   for (int i = 0; i < Dots; ++i) {
@@ -41,15 +50,17 @@ NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w)[Dots], Float scale, Float off
   for (int r = 0; r < Rows; ++r) {
     const std::int32_t* sum = pass.sums + static_cast<std::size_t>(r) * pass.sums_stride;
     d[r] = int_ops::pair_sums(d[r]);
-    if (start == Start::sums)
-      d[r] = int_ops::sub(d[r], int_ops::shift_left(int_ops::broadcast4(sum), shift));
+    if (start == Start::shifted)
+      d[r] = int_ops::sub(d[r], int_ops::shift_left(int_ops::broadcast4(sum), params.shift));
+    else if (start == Start::multiplied)
+      d[r] = int_ops::sub(d[r], int_ops::mul(int_ops::broadcast4(sum), params.zero));
     else
       d[r] = int_ops::add(d[r], int_ops::load_int(pass.partial + 8 * r));
     if (end == End::partial) {
       int_ops::store_int(pass.partial + 8 * r, d[r]);
     } else {
-      Float f = int_ops::fma(scale, int_ops::to_float(d[r]), int_ops::load_float(pass.acc + 8 * r));
-      if (end == End::offset) f = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(sum)), f);
+      Float f = int_ops::fma(params.scale, int_ops::to_float(d[r]), int_ops::load_float(pass.acc + 8 * r));
+      if (end == End::offset) f = int_ops::fma(params.offset, int_ops::to_float(int_ops::broadcast4(sum)), f);
       int_ops::store_float(pass.acc + 8 * r, f);
     }
   }
@@ -61,72 +72,69 @@ NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w)[Dots], Float scale, Float off
 
 /// All rows over Dots x 4 k of half a panel.
 template <int Dots, Start start, End end>
-NIBBLE_ALWAYS_INLINE void rows_pass(const std::uint8_t* codes, Float scale, Float offset, Int shift,
-                                    RowPass pass) noexcept {
+NIBBLE_ALWAYS_INLINE void rows_pass(const std::uint8_t* codes, const Params& params, RowPass pass) noexcept {
   Int w[Dots];
 #pragma GCC unroll 8
   for (int i = 0; i < Dots / 2; ++i) {
-    const Int both = int_ops::load_int(codes + static_cast<std::size_t>(i) * Codes4::unit_bytes);
+    const std::uint8_t* at = codes + static_cast<std::size_t>(i) * Codes4::unit_bytes;
+    int_ops::prefetch(at + prefetch_bytes);
+    const Int both = int_ops::load_int(at);
     w[2 * i] = int_ops::low_nibbles(both);
     w[2 * i + 1] = int_ops::high_nibbles(both);
   }
   constexpr int step = 2;
   std::size_t r = 0;
-  for (; r + step <= pass.rows; r += step) rows_step<step, Dots, start, end>(w, scale, offset, shift, pass);
-  for (; r < pass.rows; ++r) rows_step<1, Dots, start, end>(w, scale, offset, shift, pass);
+  for (; r + step <= pass.rows; r += step) rows_step<step, Dots, start, end>(w, params, pass);
+  for (; r < pass.rows; ++r) rows_step<1, Dots, start, end>(w, params, pass);
 }
 
-/// One group of half a panel: acc = fma(scale, D, acc) and what else the variant asks for; raw: D stays in partial.
-NIBBLE_ALWAYS_INLINE void half_group(const IntGemmArgs& a, std::size_t row0, std::size_t g, const std::uint8_t* codes,
-                                     std::size_t param, bool fused, Int shift, RowPass pass) noexcept {
-  std::size_t units = int_params::group_units(a.w, g);
-  Float scale = int_ops::zero_float();
-  Float offset = scale;
-  if (a.raw == nullptr) {
-    scale = int_params::load_scale(a.w, param);
-    offset = int_params::load_offset(a.w, param);
+/// All rows over the chunks of one group whose length is a multiple of 32, as one variant.
+template <Start start, End end>
+NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* codes, std::size_t units, const Params& params,
+                                      RowPass pass) noexcept {
+  if (units == 4) return rows_pass<8, start, end>(codes, params, pass);
+  rows_pass<8, start, End::partial>(codes, params, pass);
+  for (units -= 4;; units -= 4) {
+    codes += 4 * Codes4::unit_bytes;
+    pass.x += 4 * k_unit;
+    if (units == 4) break;
+    rows_pass<8, Start::partial, End::partial>(codes, params, pass);
   }
-  const auto advance = [&](std::size_t n) {
+  rows_pass<8, Start::partial, end>(codes, params, pass);
+}
+
+/// One group of any length and variant, in three steps: start values, products, float steps (or raw D, which stays in
+/// pass.partial).
+inline void any_group(const IntGemmArgs& a, const std::uint8_t* codes, std::size_t units, const Params& params,
+                      const RowPass& pass, std::size_t sum_index) noexcept {
+  for (std::size_t r = 0; r < pass.rows; ++r) {
+    const std::int32_t* sum = pass.sums + r * pass.sums_stride;
+    int_ops::store_int(pass.partial + 8 * r, a.w.symmetry == Symmetry::asymmetric
+                                                 ? int_params::start_multiplied(sum, params.zero)
+                                                 : int_params::start_shifted(sum, params.shift));
+  }
+  RowPass part = pass;
+  while (units != 0) {
+    const std::size_t n = units >= 4 ? 4 : 1;
+    if (n == 4) rows_pass<8, Start::partial, End::partial>(codes, params, part);
+    else rows_pass<2, Start::partial, End::partial>(codes, params, part);
     codes += n * Codes4::unit_bytes;
-    pass.x += n * k_unit;
+    part.x += n * k_unit;
     units -= n;
-  };
-  if (fused && units % 4 == 0) {
-    const bool has_offset = a.w.symmetry == Symmetry::float_offset;
-    if (units == 4) {
-      if (has_offset) rows_pass<8, Start::sums, End::offset>(codes, scale, offset, shift, pass);
-      else rows_pass<8, Start::sums, End::scale>(codes, scale, offset, shift, pass);
-      return;
-    }
-    rows_pass<8, Start::sums, End::partial>(codes, scale, offset, shift, pass);
-    for (advance(4); units > 4; advance(4))
-      rows_pass<8, Start::partial, End::partial>(codes, scale, offset, shift, pass);
-    if (has_offset) rows_pass<8, Start::partial, End::offset>(codes, scale, offset, shift, pass);
-    else rows_pass<8, Start::partial, End::scale>(codes, scale, offset, shift, pass);
-    return;
   }
-  if (a.w.symmetry == Symmetry::asymmetric) {
-    const Int zero = int_params::total_zero<Codes4>(a.w, param);
-    for (std::size_t r = 0; r < pass.rows; ++r)
-      int_ops::store_int(pass.partial + 8 * r, int_params::start_multiplied(pass.sums + r * pass.sums_stride, zero));
-  } else {
-    for (std::size_t r = 0; r < pass.rows; ++r)
-      int_ops::store_int(pass.partial + 8 * r, int_params::start_shifted(pass.sums + r * pass.sums_stride, shift));
-  }
-  for (; units >= 4; advance(4)) rows_pass<8, Start::partial, End::partial>(codes, scale, offset, shift, pass);
-  for (; units > 0; advance(1)) rows_pass<2, Start::partial, End::partial>(codes, scale, offset, shift, pass);
   if (a.raw != nullptr) return;
   for (std::size_t r = 0; r < pass.rows; ++r)
-    int_ops::store_float(pass.acc + 8 * r, int_params::finish(a, scale, offset, int_ops::load_int(pass.partial + 8 * r),
-                                                              (row0 + r) * a.sums_stride + g,
-                                                              int_ops::load_float(pass.acc + 8 * r)));
+    int_ops::store_float(pass.acc + 8 * r,
+                         int_params::finish(a, params.scale, params.offset, int_ops::load_int(pass.partial + 8 * r),
+                                            sum_index + r * a.sums_stride, int_ops::load_float(pass.acc + 8 * r)));
 }
 
 inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
   alignas(32) std::int32_t partial[row_block * 8];
   alignas(32) float acc[row_block * 16];  // not a.acc, whose stride may put all rows in one cache set
-  const bool fused = a.raw == nullptr && a.x_scales == nullptr && a.w.symmetry != Symmetry::asymmetric;
-  const Int shift = int_params::bias_shift<Codes4>(a.w.symmetry);
+  const bool plain = a.raw == nullptr && a.x_scales == nullptr;
+  Params params;
+  params.shift = int_params::bias_shift<Codes4>(a.w.symmetry);
   const std::size_t step = rows <= few_rows ? panel_block : 1;
   RowPass pass;
   pass.x_stride = a.x_stride;
@@ -137,6 +145,7 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
     const std::size_t p1 = p0 + step < a.panel_end ? p0 + step : a.panel_end;
     for (std::size_t i = 0; i < (p1 - p0) * rows * 2; ++i) int_ops::store_float(acc + 8 * i, int_ops::zero_float());
     for (std::size_t g = 0; g < a.w.groups; ++g) {
+      const std::size_t units = int_params::group_units(a.w, g);
       pass.x = a.x + row0 * a.x_stride + g * a.w.group_size;
       pass.sums = a.x_sums + row0 * a.sums_stride + g;
       for (std::size_t p = p0; p < p1; ++p) {
@@ -144,8 +153,20 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
         const std::uint8_t* codes = panel.codes + g * a.w.group_size / k_unit * Codes4::unit_bytes;
         for (std::size_t half = 0; half < 2; ++half) {
           pass.acc = acc + ((p - p0) * 2 + half) * rows * 8;
-          half_group(a, row0, g, codes + half * 32, panel.param + g * a.scale_group_stride + half * 8, fused, shift,
-                     pass);
+          const std::size_t param = panel.param + g * a.scale_group_stride + half * 8;
+          params.scale = a.raw == nullptr ? int_params::load_scale(a.w, param) : int_ops::zero_float();
+          params.offset = a.raw == nullptr ? int_params::load_offset(a.w, param) : int_ops::zero_float();
+          params.zero = a.w.symmetry == Symmetry::asymmetric ? int_params::total_zero<Codes4>(a.w, param)
+                                                             : int_ops::zero_int();
+          const std::uint8_t* at = codes + half * 32;
+          if (!plain || units % 4 != 0)
+            any_group(a, at, units, params, pass, row0 * a.sums_stride + g);
+          else if (a.w.symmetry == Symmetry::symmetric)
+            whole_group<Start::shifted, End::scale>(at, units, params, pass);
+          else if (a.w.symmetry == Symmetry::asymmetric)
+            whole_group<Start::multiplied, End::scale>(at, units, params, pass);
+          else
+            whole_group<Start::shifted, End::offset>(at, units, params, pass);
           if (a.raw != nullptr)
             for (std::size_t r = 0; r < rows; ++r)
               int_ops::store_int(a.raw + (row0 + r) * a.acc_stride + (p - a.panel_begin) * panel_width + half * 8,
@@ -162,9 +183,116 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
   }
 }
 
+// ---- stream ----------------------------------------------------------------------------------------------------
+
+/// Rows x Panels over the whole of k, float accumulators in registers.
+template <int Rows, int Panels>
+inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel0) noexcept {
+  constexpr int halves = 2 * Panels;
+  const bool plain = a.raw == nullptr && a.x_scales == nullptr;
+  const Int shift = int_params::bias_shift<Codes4>(a.w.symmetry);
+  int_params::Panel panel[Panels];
+  Float acc[Rows][halves];
+#pragma GCC unroll 4
+  for (int p = 0; p < Panels; ++p) panel[p] = int_params::panel_at(a, panel0 + static_cast<std::size_t>(p));
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int h = 0; h < halves; ++h) acc[r][h] = int_ops::zero_float();
+  }
+  const std::int8_t* x = a.x + row0 * a.x_stride;
+  const std::size_t out = row0 * a.acc_stride + (panel0 - a.panel_begin) * panel_width;
+  std::size_t offset = 0;  // into codes
+  for (std::size_t g = 0; g < a.w.groups; ++g) {
+    Int d[Rows][halves];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const std::int32_t* sum = a.x_sums + (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g;
+#pragma GCC unroll 4
+      for (int h = 0; h < halves; ++h) {
+        const std::size_t param = panel[h / 2].param + g * a.scale_group_stride + static_cast<std::size_t>(h % 2 * 8);
+        d[r][h] = a.w.symmetry == Symmetry::asymmetric
+                      ? int_params::start_multiplied(sum, int_params::total_zero<Codes4>(a.w, param))
+                      : int_params::start_shifted(sum, shift);
+      }
+    }
+    for (std::size_t units = int_params::group_units(a.w, g); units != 0;) {
+      Int d16[Rows][halves];
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; ++h) d16[r][h] = int_ops::zero_int();
+      }
+      std::size_t n = units < 4 ? units : 4;
+      units -= n;
+      for (; n != 0; --n, offset += Codes4::unit_bytes, x += k_unit) {
+        Int b[Rows][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          b[r][0] = int_ops::broadcast4(x + static_cast<std::size_t>(r) * a.x_stride);
+          b[r][1] = int_ops::broadcast4(x + static_cast<std::size_t>(r) * a.x_stride + 4);
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; ++h) {
+          const std::uint8_t* at = panel[h / 2].codes + offset + h % 2 * 32;
+          if (h % 2 == 0) int_ops::prefetch(at + prefetch_bytes);
+          const Int both = int_ops::load_codes(at);
+          const Int low = int_ops::low_nibbles(both);
+          const Int high = int_ops::high_nibbles(both);
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) {
+            int_ops::add_dot16(d16[r][h], low, b[r][0]);
+            int_ops::add_dot16(d16[r][h], high, b[r][1]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; ++h) d[r][h] = int_ops::add(d[r][h], int_ops::pair_sums(d16[r][h]));
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < halves; ++h) {
+      const std::size_t param = panel[h / 2].param + g * a.scale_group_stride + static_cast<std::size_t>(h % 2 * 8);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const std::size_t sum_index = (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g;
+        if (a.raw != nullptr) {
+          int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride + h * 8, d[r][h]);
+          continue;
+        }
+        const Float scale = int_params::load_scale(a.w, param);
+        if (plain && a.w.symmetry != Symmetry::float_offset)
+          acc[r][h] = int_ops::fma(scale, int_ops::to_float(d[r][h]), acc[r][h]);
+        else
+          acc[r][h] = int_params::finish(a, scale, int_params::load_offset(a.w, param), d[r][h], sum_index, acc[r][h]);
+      }
+    }
+  }
+  if (a.raw != nullptr) return;
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int h = 0; h < halves; ++h)
+      int_ops::store_float(a.acc + out + static_cast<std::size_t>(r) * a.acc_stride + h * 8, acc[r][h]);
+  }
+}
+
 }  // namespace w4a8
 
 inline void gemm_w4a8(const IntGemmArgs& a) noexcept {
-  for (std::size_t row0 = 0; row0 < a.rows; row0 += w4a8::row_block)
-    w4a8::block(a, row0, a.rows - row0 < w4a8::row_block ? a.rows - row0 : w4a8::row_block);
+  using namespace w4a8;
+  for (std::size_t row0 = 0; row0 < a.rows; row0 += row_block) {
+    const std::size_t rows = a.rows - row0 < row_block ? a.rows - row0 : row_block;
+    if (rows > stream_rows) {
+      block(a, row0, rows);
+      continue;
+    }
+    for (std::size_t p = a.panel_begin; p < a.panel_end;) {
+      if (rows == 2) stream<2, 1>(a, row0, p++);
+      else if (p + 2 > a.panel_end) stream<1, 1>(a, row0, p++);
+      else stream<1, 2>(a, row0, p), p += 2;
+    }
+  }
 }

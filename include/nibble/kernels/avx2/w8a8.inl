@@ -9,98 +9,182 @@ using int_params::Codes8;
 inline constexpr std::size_t row_block = 32;
 inline constexpr std::size_t panel_block = 2;
 inline constexpr std::size_t k_block = 256;   // k of a panel that lie widened in L1
-inline constexpr std::size_t direct_rows = 4; // up to here, weights are widened in registers
-
-/// Where a panel's four registers of 4 k come from. Register 2h + i holds channels 8h + {2i, 2i+1 | 2i+4, 2i+5}.
-struct FromCodes {
-  const std::uint8_t* at;
-  static constexpr std::size_t step = 64;
-  NIBBLE_ALWAYS_INLINE void load(std::size_t offset, Int (&w)[4]) const noexcept {
-    const Int b0 = int_ops::load_int(at + offset);
-    const Int b1 = int_ops::load_int(at + offset + 32);
-    w[0] = int_ops::widen_low(b0);
-    w[1] = int_ops::widen_high(b0);
-    w[2] = int_ops::widen_low(b1);
-    w[3] = int_ops::widen_high(b1);
-  }
-};
-struct FromWidened {
-  const std::uint8_t* at;
-  static constexpr std::size_t step = 128;
-  NIBBLE_ALWAYS_INLINE void load(std::size_t offset, Int (&w)[4]) const noexcept {
-#pragma GCC unroll 4
-    for (std::size_t j = 0; j < 4; ++j) w[j] = int_ops::load_int(at + offset + 32 * j);
-  }
-};
+inline constexpr std::size_t direct_rows = 4;  // up to here, weights are widened in registers
+inline constexpr std::size_t tile_rows = 6;
+inline constexpr std::size_t prefetch_bytes = 4096;
 
 /// k of one group that lie in one block of k.
 struct Segment {
   std::size_t group = 0;
   std::size_t begin = 0;  // from the block's start
-  std::size_t quads = 0;  // of 4 k
+  std::size_t size = 0;   // a multiple of 8
+  std::size_t param = 0;  // the group's first lane in scales and zeros
   bool first = false;     // of the group
   bool last = false;
 };
 
-/// Rows x one panel over one segment.
-template <int Rows, class Source>
-NIBBLE_ALWAYS_INLINE void tile(const IntGemmArgs& a, std::size_t row, const Source& source, const Segment& segment,
-                               const std::int16_t* x, std::size_t param, bool fused, Int shift, std::int32_t* partial,
-                               float* acc) noexcept {
-  Int d[Rows][4];
+/// What all tiles of a call share.
+struct Call {
+  const IntGemmArgs& a;
+  bool fused;  // nothing but acc = fma(scale, D, acc) at a group's end
+  Int shift;
+};
+
+/// What D of 8 channels starts from.
+NIBBLE_ALWAYS_INLINE Int start(const Call& call, const Segment& segment, std::size_t row, int half,
+                               const std::int32_t* partial) noexcept {
+  if (!segment.first) return int_ops::load_int(partial);
+  const std::int32_t* sum = call.a.x_sums + row * call.a.sums_stride + segment.group;
+  if (call.a.w.symmetry != Symmetry::asymmetric) return int_params::start_shifted(sum, call.shift);
+  return int_params::start_multiplied(
+      sum, int_params::total_zero<Codes8>(call.a.w, segment.param + 8 * static_cast<std::size_t>(half)));
+}
+
+/// Where D of 8 channels goes.
+template <int Rows>
+NIBBLE_ALWAYS_INLINE void end(const Call& call, const Segment& segment, std::size_t row, const Int (&d)[Rows][2],
+                              std::int32_t* partial, float* acc) noexcept {
+  const bool keep = !segment.last || call.a.raw != nullptr;
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h, partial += 8, acc += 8) {
+    if (keep) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) int_ops::store_int(partial + 16 * r, d[r][h]);
+      continue;
+    }
+    const std::size_t at = segment.param + 8 * static_cast<std::size_t>(h);
+    const Float scale = int_params::load_scale(call.a.w, at);
+    if (call.fused) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+        int_ops::store_float(acc + 16 * r,
+                             int_ops::fma(scale, int_ops::to_float(d[r][h]), int_ops::load_float(acc + 16 * r)));
+      continue;
+    }
+    const Float offset = int_params::load_offset(call.a.w, at);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+      int_ops::store_float(acc + 16 * r, int_params::finish(call.a, scale, offset, d[r][h],
+                                                            (row + static_cast<std::size_t>(r)) * call.a.sums_stride +
+                                                                segment.group,
+                                                            int_ops::load_float(acc + 16 * r)));
+  }
+}
+
+/// Rows x one panel over one segment, weights widened to [k/2][16][2] int16.
+template <int Rows>
+inline void tile(const Call& call, std::size_t row, const std::int16_t* widened, const Segment& segment,
+                 const std::int16_t* x, std::int32_t* partial, float* acc) noexcept {
+  Int d[Rows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h)
+      d[r][h] = start(call, segment, row + static_cast<std::size_t>(r), h, partial + 16 * r + 8 * h);
+  }
+  widened += segment.begin * 16;
+  x += segment.begin;
+  for (std::size_t k = 0; k < segment.size; k += 2, widened += 32, x += 2) {
+    const Int w0 = int_ops::load_int(widened);
+    const Int w1 = int_ops::load_int(widened + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      Int b = int_ops::broadcast4(x + static_cast<std::size_t>(r) * k_block);
+      int_ops::add_dot32(d[r][0], w0, b);
+      int_ops::add_dot32_last(d[r][1], w1, b);
+    }
+  }
+  end<Rows>(call, segment, row, d, partial, acc);
+}
+
+/// The same with weights that are widened on the way: for so few rows that nothing is gained by keeping them.
+template <int Rows>
+inline void tile_direct(const Call& call, std::size_t row, const std::uint8_t* codes, const Segment& segment,
+                        const std::int16_t* x, std::int32_t* partial, float* acc) noexcept {
+  Int d[Rows][4];  // channels {0, 1 | 4, 5}, {2, 3 | 6, 7} of both halves, sums of even and odd pairs of k
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) d[r][j] = int_ops::zero_int();
   }
-  std::size_t offset = segment.begin / 4 * Source::step;
+  codes += segment.begin * 16;
   x += segment.begin;
-  for (std::size_t q = 0; q < segment.quads; ++q, offset += Source::step, x += 4) {
-    Int w[4];
-    source.load(offset, w);
+  for (std::size_t k = 0; k < segment.size; k += 4, codes += 64, x += 4) {
+    int_ops::prefetch(codes + prefetch_bytes);
+    Int b[Rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const Int b = int_ops::broadcast8(x + static_cast<std::size_t>(r) * k_block);
+    for (int r = 0; r < Rows; ++r) b[r] = int_ops::broadcast8(x + static_cast<std::size_t>(r) * k_block);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const Int bytes = int_ops::load_int(codes + 32 * h);
+      const Int w0 = int_ops::widen_low(bytes);
+      const Int w1 = int_ops::widen_high(bytes);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) int_ops::add_dot32(d[r][j], w[j], b);
+      for (int r = 0; r < Rows; ++r) {
+        int_ops::add_dot32(d[r][2 * h], w0, b[r]);
+        int_ops::add_dot32(d[r][2 * h + 1], w1, b[r]);
+      }
     }
   }
+  Int sums[Rows][2];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-    const std::size_t sum_index = (row + static_cast<std::size_t>(r)) * a.sums_stride + segment.group;
-#pragma GCC unroll 4
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h)
+      sums[r][h] = int_ops::add(int_ops::fold(d[r][2 * h], d[r][2 * h + 1]),
+                                start(call, segment, row + static_cast<std::size_t>(r), h, partial + 16 * r + 8 * h));
+  }
+  end<Rows>(call, segment, row, sums, partial, acc);
+}
+
+/// k of one panel, a multiple of 8, to int16 in the order that `tile` reads.
+inline void widen(const std::uint8_t* codes, std::size_t k, std::int16_t* out) noexcept {
+  for (; k != 0; k -= 4, codes += 64, out += 64) {
+    int_ops::prefetch(codes + k_block * 16);
+#pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      std::int32_t* part = partial + 16 * r + 8 * h;
-      float* to = acc + 16 * r + 8 * h;
-      const std::size_t at = param + static_cast<std::size_t>(8 * h);
-      Int sum = int_ops::fold(d[r][2 * h], d[r][2 * h + 1]);
-      if (!segment.first) sum = int_ops::add(sum, int_ops::load_int(part));
-      else if (a.w.symmetry != Symmetry::asymmetric)
-        sum = int_ops::add(sum, int_params::start_shifted(a.x_sums + sum_index, shift));
-      else
-        sum = int_ops::add(sum, int_params::start_multiplied(a.x_sums + sum_index,
-                                                             int_params::total_zero<Codes8>(a.w, at)));
-      if (!segment.last || a.raw != nullptr) {
-        int_ops::store_int(part, sum);
-        continue;
-      }
-      const Float scale = int_params::load_scale(a.w, at);
-      if (fused)
-        int_ops::store_float(to, int_ops::fma(scale, int_ops::to_float(sum), int_ops::load_float(to)));
-      else
-        int_ops::store_float(to, int_params::finish(a, scale, int_params::load_offset(a.w, at), sum, sum_index,
-                                                    int_ops::load_float(to)));
+      const Int bytes = int_ops::load_int(codes + 32 * h);
+      const Int low = int_ops::widen_low(bytes);
+      const Int high = int_ops::widen_high(bytes);
+      int_ops::store_int(out + 16 * h, int_ops::even_lanes(low, high));
+      int_ops::store_int(out + 16 * h + 32, int_ops::odd_lanes(low, high));
     }
+  }
+}
+
+/// All rows over one segment, in tiles of nearly equal height.
+inline void rows_pass(const Call& call, std::size_t row0, std::size_t rows, const std::uint8_t* codes,
+                      const std::int16_t* widened, const Segment& segment, const std::int16_t* x,
+                      std::int32_t* partial, float* acc) noexcept {
+  const std::size_t most = rows <= direct_rows ? 2 : tile_rows;
+  std::size_t tiles = (rows + most - 1) / most;
+  for (std::size_t r = 0; r < rows; --tiles) {
+    const std::size_t height = (rows - r + tiles - 1) / tiles;
+    const std::int16_t* xr = x + r * k_block;
+    std::int32_t* part = partial + 16 * r;
+    float* to = acc + 16 * r;
+    if (rows <= direct_rows) {
+      if (height == 2) tile_direct<2>(call, row0 + r, codes, segment, xr, part, to);
+      else tile_direct<1>(call, row0 + r, codes, segment, xr, part, to);
+    } else {
+      switch (height) {
+        case 6: tile<6>(call, row0 + r, widened, segment, xr, part, to); break;
+        case 5: tile<5>(call, row0 + r, widened, segment, xr, part, to); break;
+        case 4: tile<4>(call, row0 + r, widened, segment, xr, part, to); break;
+        default: tile<3>(call, row0 + r, widened, segment, xr, part, to); break;
+      }
+    }
+    r += height;
   }
 }
 
 inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
   alignas(32) std::int16_t x16[row_block * k_block];
-  alignas(32) std::uint8_t widened[k_block * 32];
+  alignas(32) std::int16_t widened[k_block * 16];
   alignas(32) std::int32_t partial[panel_block * row_block * 16];
   alignas(32) float acc[panel_block * row_block * 16];
-  const bool fused = a.x_scales == nullptr && a.w.symmetry != Symmetry::float_offset;
-  const Int shift = int_params::bias_shift<Codes8>(a.w.symmetry);
+  const Call call{a, a.x_scales == nullptr && a.w.symmetry != Symmetry::float_offset,
+                  int_params::bias_shift<Codes8>(a.w.symmetry)};
   // Groups up to k_block lie within one block, longer ones begin one.
   const std::size_t group = a.w.group_size;
   const std::size_t step = group <= k_block ? k_block / group * group : k_block;
@@ -123,34 +207,20 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
       for (std::size_t p = p0; p < p1; ++p) {
         const int_params::Panel panel = int_params::panel_at(a, p);
         const std::uint8_t* codes = panel.codes + k0 / k_unit * Codes8::unit_bytes;
-        if (rows > direct_rows)
-          for (std::size_t k = 0; k < k1 - k0; k += 4) {
-            Int w[4];
-            FromCodes{codes}.load(16 * k, w);
-            for (std::size_t j = 0; j < 4; ++j) int_ops::store_int(widened + 32 * k + 32 * j, w[j]);
-          }
+        if (rows > direct_rows) widen(codes, k1 - k0, widened);
         for (std::size_t k = k0, g = g0; k < k1; ++g) {
-          std::size_t end = (g + 1) * group;
+          const std::size_t group_end = (g + 1) * group < a.w.k_padded ? (g + 1) * group : a.w.k_padded;
+          const std::size_t stop = group_end < k1 ? group_end : k1;
           Segment segment;
-          segment.last = end <= k1 || k1 == a.w.k_padded;
-          if (end > k1) end = k1;
           segment.group = g;
           segment.begin = k - k0;
-          segment.quads = (end - k) / 4;
+          segment.size = stop - k;
+          segment.param = panel.param + g * a.scale_group_stride;
           segment.first = k == g * group;
-          k = end;
-          const std::size_t param = panel.param + g * a.scale_group_stride;
-          std::int32_t* part = partial + (p - p0) * rows * 16;
-          float* to = acc + (p - p0) * rows * 16;
-          std::size_t r = 0;
-          const auto run = [&](auto source) {
-            for (; r + 2 <= rows; r += 2)
-              tile<2>(a, row0 + r, source, segment, x16 + r * k_block, param, fused, shift, part + 16 * r, to + 16 * r);
-            if (r < rows)
-              tile<1>(a, row0 + r, source, segment, x16 + r * k_block, param, fused, shift, part + 16 * r, to + 16 * r);
-          };
-          if (rows > direct_rows) run(FromWidened{widened});
-          else run(FromCodes{codes});
+          segment.last = stop == group_end;
+          rows_pass(call, row0, rows, codes, widened, segment, x16, partial + (p - p0) * rows * 16,
+                    acc + (p - p0) * rows * 16);
+          k = stop;
         }
       }
       k0 = k1;

@@ -9,6 +9,12 @@ using Float = __m512;
 NIBBLE_ALWAYS_INLINE Int zero_int() noexcept { return _mm512_setzero_si512(); }
 NIBBLE_ALWAYS_INLINE Int set_int(std::int32_t v) noexcept { return _mm512_set1_epi32(v); }
 NIBBLE_ALWAYS_INLINE Int load_int(const void* p) noexcept { return _mm512_loadu_si512(p); }
+/// The same, once: GCC 12 would load again for every use.
+NIBBLE_ALWAYS_INLINE Int load_codes(const std::uint8_t* p) noexcept {
+  Int v;
+  asm("{vmovdqu64 %1, %0|vmovdqu64 %0, %1}" : "=v"(v) : "m"(*static_cast<const char(*)[64]>(static_cast<const void*>(p))));
+  return v;
+}
 NIBBLE_ALWAYS_INLINE void store_int(void* p, Int v) noexcept { _mm512_storeu_si512(p, v); }
 
 /// Four bytes from an address of any alignment, to every lane.

@@ -1,87 +1,41 @@
-// The two loops that both integer kernels of this ISA are made of, over the operations of int_ops.inl. `Weights` says
-// how codes become the unsigned operand of a dot product (w8a8.inl, w4a8.inl). Included by table.hpp, in its region.
+// The two loops that both integer kernels of this ISA are made of, over int_ops. `Weights` says how codes become the
+// unsigned operand of a dot product (w8a8.inl, w4a8.inl). Included by table.hpp, in its region.
 //
-// D = sum (q - zero) * x is had as sum u * x - (zero + bias) * S, where u is the byte the dot product sees and S the
-// group's sum of x. Everything is modulo 2^32, so only D itself has to fit.
+// Weights stationary (rows > stream_rows): 32 channels x 32 k of weights sit in 16 registers while all rows (up to 64)
+// pass: a broadcast of 4 k of x feeds two dot products. What a group has summed so far lives in L1, as does the fp32
+// result. Per row and 32 k: 16 dpbusd, and at a group's end 2 FMA, on the two multiplier pipes; 8 broadcasts, 2 loads
+// and 2 stores beside them.
 //
-// Weights stationary (rows >= 3): 32 channels x 32 k of weights sit in 16 registers while all rows (up to 64) pass:
-// a broadcast of 4 k of x feeds two dot products. What a group has summed so far lives in L1, as does the fp32 result.
-// Per row and 32 k: 16 dpbusd, and at a group's end 2 FMA, on the two multiplier pipes; 8 broadcasts, 2 loads and
-// 2 stores beside them.
-//
-// Stream (rows <= 2): every weight is loaded once and used at once; accumulators of 4 or 8 panels stay in registers,
-// so that DRAM sees that many sequential streams and the dot products that many independent chains.
+// Stream (up to stream_rows): every weight is loaded once and used at once; the accumulators of 4 panels stay in
+// registers, so that DRAM sees that many sequential streams and the dot products that many independent chains.
 
 namespace int_tiles {
 
 using int_ops::Float;
 using int_ops::Int;
+using int_params::Panel;
 
-inline constexpr std::size_t row_block = 64;  // rows that share one pass over the weights
-inline constexpr std::size_t chunk_k = 32;    // k of weights that the registers hold
+inline constexpr std::size_t row_block = 64;    // rows that share one pass over the weights
+inline constexpr std::size_t tile_rows = 4;     // of the streaming loop
+inline constexpr int tile_panels = 4;
+inline constexpr std::size_t prefetch_bytes = 2048;
 
-/// Where one group of one call lies.
-struct Group {
-  std::size_t index = 0;
-  std::size_t units = 0;  // of 8 k
-  bool first = false;
+/// What a call needs at every group's end.
+struct Call {
+  const IntGemmArgs& a;
+  bool plain;  // a group ends in acc = fma(scale, D, acc), and fma(offset, S, acc) where there are offsets
+  Int shift;   // of S, where zero + bias is a power of two
 };
 
-/// The parameters of one panel: 16 lanes a group.
-struct PanelParams {
-  const std::uint8_t* codes = nullptr;
-  std::size_t param = 0;  // index of the first group's lane 0 in scales and zeros
-};
-
-NIBBLE_ALWAYS_INLINE PanelParams panel_params(const IntGemmArgs& a, std::size_t panel) noexcept {
-  const std::size_t groups = a.scale_group_stride == 0 ? 1 : a.w.groups;
-  return {a.w.codes + panel * a.w.panel_bytes, panel * groups * panel_width};
-}
-
-NIBBLE_ALWAYS_INLINE Group group_at(const PanelView& w, std::size_t g) noexcept {
-  const std::size_t begin = g * w.group_size;
-  const std::size_t end = begin + w.group_size < w.k_padded ? begin + w.group_size : w.k_padded;
-  return {g, (end - begin) / k_unit, g == 0};
-}
-
-/// 16 values of the weights' scale type, fp32.
-NIBBLE_ALWAYS_INLINE Float load_param(const PanelView& w, const void* base, std::size_t index) noexcept {
-  if (w.scale_type == ScaleType::fp32) return int_ops::load_float(static_cast<const float*>(base) + index);
-  return int_ops::load_half(static_cast<const std::uint16_t*>(base) + index);
-}
-
-/// log2 of what every code is too large by, or 32 (which shifts everything out) where that is nothing.
 template <class Weights>
-NIBBLE_ALWAYS_INLINE std::int32_t bias_shift(Symmetry symmetry) noexcept {
-  return symmetry == Symmetry::symmetric ? Weights::symmetric_shift : Weights::plain_shift;
-}
-
-/// zero + bias of 16 channels, for asymmetric weights.
-template <class Weights>
-NIBBLE_ALWAYS_INLINE Int total_zero(const PanelView& w, std::size_t index) noexcept {
-  return int_ops::add(int_ops::widen_s8(static_cast<const std::int8_t*>(w.zeros) + index),
-                      int_ops::set_int(Weights::bias));
-}
-
-/// acc = fma(scale, D, acc), and the float offset's term: IntGemmArgs' steps for one row, group and panel.
-NIBBLE_ALWAYS_INLINE Float finish(const IntGemmArgs& a, Float scale, Float offset, Int d, std::size_t sum_index,
-                                  Float acc) noexcept {
-  const bool has_offset = a.w.symmetry == Symmetry::float_offset;
-  if (a.x_scales != nullptr) {
-    const Float xs = int_ops::set_float(a.x_scales[sum_index]);
-    scale = int_ops::mul(scale, xs);
-    if (has_offset) offset = int_ops::mul(offset, xs);
-  }
-  acc = int_ops::fma(scale, int_ops::to_float(d), acc);
-  if (has_offset)
-    acc = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(a.x_sums + sum_index)), acc);
-  return acc;
+NIBBLE_ALWAYS_INLINE Call call_of(const IntGemmArgs& a) noexcept {
+  return {a, a.raw == nullptr && a.x_scales == nullptr, int_params::bias_shift<Weights>(a.w.symmetry)};
 }
 
 // ---- weights stationary ----------------------------------------------------------------------------------------
 
-enum class Start { sums, partial };          // from -bias * S, or from what the group has so far
-enum class End { partial, scale, offset };   // keep for the next chunk, or acc = fma(scale, D, acc) (and the offset's)
+enum class Start { shifted, multiplied, partial };  // from -2^shift * S, from -zero * S, or from what the group has
+enum class End { partial, scale, offset };          // keep for the next chunk, or acc = fma(scale, D, acc) (and S's)
 
 /// One pass of all rows over the weights in the registers.
 struct RowPass {
@@ -94,53 +48,56 @@ struct RowPass {
   float* acc = nullptr;             // [rows][2][16]
 };
 
+/// One group's parameters of two panels.
 struct PairParams {
-  Float scale0, scale1, offset0, offset1;
+  Float scale[2];
+  Float offset[2];
+  Int zero[2];
   Int shift;
 };
 
 template <int Rows, int Dots, Start start, End end>
 NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w0)[Dots], const Int (&w1)[Dots], const PairParams& params,
                                     RowPass& pass) noexcept {
-  Int d0[Rows];
-  Int d1[Rows];
-  const std::int8_t* x = pass.x;
+  Int d[Rows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    if (start == Start::sums) {
-      const Int sum = int_ops::broadcast4(pass.sums + static_cast<std::size_t>(r) * pass.sums_stride);
-      d0[r] = int_ops::sub(int_ops::zero_int(), int_ops::shift_left(sum, params.shift));
-      d1[r] = d0[r];
+    const std::int32_t* sum = pass.sums + static_cast<std::size_t>(r) * pass.sums_stride;
+    if (start == Start::partial) {
+      d[r][0] = int_ops::load_int(pass.partial + 32 * r);
+      d[r][1] = int_ops::load_int(pass.partial + 32 * r + 16);
+    } else if (start == Start::multiplied) {
+      d[r][0] = int_params::start_multiplied(sum, params.zero[0]);
+      d[r][1] = int_params::start_multiplied(sum, params.zero[1]);
     } else {
-      d0[r] = int_ops::load_int(pass.partial + 32 * r);
-      d1[r] = int_ops::load_int(pass.partial + 32 * r + 16);
+      d[r][0] = int_params::start_shifted(sum, params.shift);
+      d[r][1] = d[r][0];
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Dots; ++i) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const Int b = int_ops::broadcast4(x + static_cast<std::size_t>(r) * pass.x_stride + 4 * i);
-      int_ops::dot(d0[r], w0[i], b);
-      int_ops::dot(d1[r], w1[i], b);
+      const Int b = int_ops::broadcast4(pass.x + static_cast<std::size_t>(r) * pass.x_stride + 4 * i);
+      int_ops::dot(d[r][0], w0[i], b);
+      int_ops::dot(d[r][1], w1[i], b);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    if (end == End::partial) {
-      int_ops::store_int(pass.partial + 32 * r, d0[r]);
-      int_ops::store_int(pass.partial + 32 * r + 16, d1[r]);
-    } else {
-      Float f0 = int_ops::fma(params.scale0, int_ops::to_float(d0[r]), int_ops::load_float(pass.acc + 32 * r));
-      Float f1 = int_ops::fma(params.scale1, int_ops::to_float(d1[r]), int_ops::load_float(pass.acc + 32 * r + 16));
-      if (end == End::offset) {
-        const Float sum =
-            int_ops::to_float(int_ops::broadcast4(pass.sums + static_cast<std::size_t>(r) * pass.sums_stride));
-        f0 = int_ops::fma(params.offset0, sum, f0);
-        f1 = int_ops::fma(params.offset1, sum, f1);
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; ++p) {
+      if (end == End::partial) {
+        int_ops::store_int(pass.partial + 32 * r + 16 * p, d[r][p]);
+        continue;
       }
-      int_ops::store_float(pass.acc + 32 * r, f0);
-      int_ops::store_float(pass.acc + 32 * r + 16, f1);
+      float* acc = pass.acc + 32 * r + 16 * p;
+      Float f = int_ops::fma(params.scale[p], int_ops::to_float(d[r][p]), int_ops::load_float(acc));
+      if (end == End::offset) {
+        const std::int32_t* sum = pass.sums + static_cast<std::size_t>(r) * pass.sums_stride;
+        f = int_ops::fma(params.offset[p], int_ops::to_float(int_ops::broadcast4(sum)), f);
+      }
+      int_ops::store_float(acc, f);
     }
   }
   pass.x += static_cast<std::size_t>(Rows) * pass.x_stride;
@@ -151,70 +108,76 @@ NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w0)[Dots], const Int (&w1)[Dots]
 
 /// All rows over Dots x 4 k of two panels.
 template <class Weights, int Dots, Start start, End end>
-NIBBLE_ALWAYS_INLINE void rows_pass(const std::uint8_t* codes0, const std::uint8_t* codes1,
-                                    const PairParams& params, RowPass pass) noexcept {
+NIBBLE_ALWAYS_INLINE void rows_pass(const std::uint8_t* const (&codes)[2], const PairParams& params,
+                                    RowPass pass) noexcept {
   Int w0[Dots];
   Int w1[Dots];
 #pragma GCC unroll 8
   for (int i = 0; i < Dots / 2; ++i) {
-    Weights::load(codes0 + static_cast<std::size_t>(i) * Weights::unit_bytes, w0[2 * i], w0[2 * i + 1]);
-    Weights::load(codes1 + static_cast<std::size_t>(i) * Weights::unit_bytes, w1[2 * i], w1[2 * i + 1]);
+    const std::size_t at = static_cast<std::size_t>(i) * Weights::unit_bytes;
+    Weights::load(codes[0] + at, w0[2 * i], w0[2 * i + 1]);
+    Weights::load(codes[1] + at, w1[2 * i], w1[2 * i + 1]);
+#pragma GCC unroll 2
+    for (std::size_t line = 0; line < Weights::unit_bytes; line += 64) {
+      int_ops::prefetch(codes[0] + at + line + prefetch_bytes);
+      int_ops::prefetch(codes[1] + at + line + prefetch_bytes);
+    }
   }
-  constexpr int step = 4;
+  constexpr int step = 2;
   std::size_t r = 0;
   for (; r + step <= pass.rows; r += step) rows_step<step, Dots, start, end>(w0, w1, params, pass);
   for (; r < pass.rows; ++r) rows_step<1, Dots, start, end>(w0, w1, params, pass);
 }
 
-/// The start values of a group, for what rows_pass does not do on the way: partial = -(zero + bias) * S.
+/// All rows over the chunks of one group whose length is a multiple of 32, as one variant.
+template <class Weights, Start start, End end>
+NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* const (&at)[2], std::size_t units, const PairParams& params,
+                                      RowPass pass) noexcept {
+  if (units == 4) return rows_pass<Weights, 8, start, end>(at, params, pass);
+  const std::uint8_t* codes[2] = {at[0], at[1]};
+  rows_pass<Weights, 8, start, End::partial>(codes, params, pass);
+  for (units -= 4;; units -= 4) {
+    codes[0] += 4 * Weights::unit_bytes;
+    codes[1] += 4 * Weights::unit_bytes;
+    pass.x += 4 * k_unit;
+    if (units == 4) break;
+    rows_pass<Weights, 8, Start::partial, End::partial>(codes, params, pass);
+  }
+  rows_pass<Weights, 8, Start::partial, end>(codes, params, pass);
+}
+
+/// One group of any length and variant, in three steps: start values, dot products, float steps (or raw D, which
+/// stays in pass.partial).
 template <class Weights>
-inline void start_rows(const IntGemmArgs& a, std::size_t row0, std::size_t rows, const Group& group,
-                       std::size_t param0, std::size_t param1, std::int32_t* partial) noexcept {
-  Int zero0 = int_ops::zero_int();
-  Int zero1 = zero0;
-  const bool asymmetric = a.w.symmetry == Symmetry::asymmetric;
-  if (asymmetric) {
-    zero0 = total_zero<Weights>(a.w, param0);
-    zero1 = total_zero<Weights>(a.w, param1);
-  }
-  const Int shift = int_ops::set_int(bias_shift<Weights>(a.w.symmetry));
-  for (std::size_t r = 0; r < rows; ++r) {
-    const Int sum = int_ops::broadcast4(a.x_sums + (row0 + r) * a.sums_stride + group.index);
-    Int d0;
-    Int d1;
-    if (asymmetric) {
-      d0 = int_ops::sub(int_ops::zero_int(), int_ops::mul(zero0, sum));
-      d1 = int_ops::sub(int_ops::zero_int(), int_ops::mul(zero1, sum));
-    } else {
-      d0 = int_ops::sub(int_ops::zero_int(), int_ops::shift_left(sum, shift));
-      d1 = d0;
+inline void any_group(const Call& call, const std::uint8_t* const (&at)[2], std::size_t units, const PairParams& params,
+                      const RowPass& pass, std::size_t sum_index) noexcept {
+  const IntGemmArgs& a = call.a;
+  for (std::size_t r = 0; r < pass.rows; ++r)
+    for (std::size_t p = 0; p < 2; ++p) {
+      const std::int32_t* sum = pass.sums + r * pass.sums_stride;
+      int_ops::store_int(pass.partial + 32 * r + 16 * p, a.w.symmetry == Symmetry::asymmetric
+                                                             ? int_params::start_multiplied(sum, params.zero[p])
+                                                             : int_params::start_shifted(sum, params.shift));
     }
-    int_ops::store_int(partial + 32 * r, d0);
-    int_ops::store_int(partial + 32 * r + 16, d1);
+  const std::uint8_t* codes[2] = {at[0], at[1]};
+  RowPass part = pass;
+  while (units != 0) {
+    const std::size_t n = units >= 4 ? 4 : 1;
+    if (n == 4) rows_pass<Weights, 8, Start::partial, End::partial>(codes, params, part);
+    else rows_pass<Weights, 2, Start::partial, End::partial>(codes, params, part);
+    codes[0] += n * Weights::unit_bytes;
+    codes[1] += n * Weights::unit_bytes;
+    part.x += n * k_unit;
+    units -= n;
   }
-}
-
-/// What follows a group's last chunk where rows_pass did not do it: the float steps with every variant.
-inline void finish_rows(const IntGemmArgs& a, std::size_t row0, const Group& group, const PairParams& params,
-                        const RowPass& pass) noexcept {
-  for (std::size_t r = 0; r < pass.rows; ++r) {
-    const std::int32_t* d = pass.partial + 32 * r;
-    float* acc = pass.acc + 32 * r;
-    const std::size_t sum_index = (row0 + r) * a.sums_stride + group.index;
-    int_ops::store_float(acc, finish(a, params.scale0, params.offset0, int_ops::load_int(d), sum_index,
-                                     int_ops::load_float(acc)));
-    int_ops::store_float(acc + 16, finish(a, params.scale1, params.offset1, int_ops::load_int(d + 16), sum_index,
-                                          int_ops::load_float(acc + 16)));
-  }
-}
-
-/// [rows][2][16] to a matrix of one or two panels; T is float or int32.
-template <class T>
-inline void copy_out(const T* from, std::size_t rows, bool pair, T* to, std::size_t stride) noexcept {
-  for (std::size_t r = 0; r < rows; ++r) {
-    int_ops::store_int(to + r * stride, int_ops::load_int(from + 32 * r));
-    if (pair) int_ops::store_int(to + r * stride + 16, int_ops::load_int(from + 32 * r + 16));
-  }
+  if (a.raw != nullptr) return;
+  for (std::size_t r = 0; r < pass.rows; ++r)
+    for (std::size_t p = 0; p < 2; ++p) {
+      float* acc = pass.acc + 32 * r + 16 * p;
+      int_ops::store_float(acc, int_params::finish(a, params.scale[p], params.offset[p],
+                                                   int_ops::load_int(pass.partial + 32 * r + 16 * p),
+                                                   sum_index + r * a.sums_stride, int_ops::load_float(acc)));
+    }
 }
 
 template <class Weights>
@@ -222,8 +185,7 @@ inline void stationary(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
   alignas(64) std::int32_t partial[row_block * 2 * panel_width];
   alignas(64) float acc[row_block * 2 * panel_width];  // not in a.acc, whose stride may put all rows in one cache set
   const PanelView& w = a.w;
-  const bool has_offset = w.symmetry == Symmetry::float_offset;
-  const bool fused = a.raw == nullptr && a.x_scales == nullptr && w.symmetry != Symmetry::asymmetric;
+  const Call call = call_of<Weights>(a);
 
   RowPass pass;
   pass.x_stride = a.x_stride;
@@ -232,124 +194,90 @@ inline void stationary(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
   pass.partial = partial;
   pass.acc = acc;
   PairParams params;
-  params.offset0 = params.offset1 = int_ops::zero_float();
-  params.scale0 = params.scale1 = int_ops::zero_float();
-  params.shift = int_ops::set_int(bias_shift<Weights>(w.symmetry));
+  params.shift = call.shift;
 
-  for (std::size_t p = a.panel_begin; p < a.panel_end; p += 2) {
-    const bool pair = p + 1 < a.panel_end;  // an odd last panel is paired with itself
-    const PanelParams panel0 = panel_params(a, p);
-    const PanelParams panel1 = panel_params(a, pair ? p + 1 : p);
-    const std::size_t out = row0 * a.acc_stride + (p - a.panel_begin) * panel_width;
+  for (std::size_t p0 = a.panel_begin; p0 < a.panel_end; p0 += 2) {
+    const std::size_t count = p0 + 1 < a.panel_end ? 2 : 1;  // an odd last panel is paired with itself
+    const Panel panel[2] = {int_params::panel_at(a, p0), int_params::panel_at(a, p0 + count - 1)};
     for (std::size_t i = 0; i < rows * 2; ++i) int_ops::store_float(acc + 16 * i, int_ops::zero_float());
 
-    const std::uint8_t* codes0 = panel0.codes;
-    const std::uint8_t* codes1 = panel1.codes;
-    const std::int8_t* x = a.x + row0 * a.x_stride;
+    const std::uint8_t* codes[2] = {panel[0].codes, panel[1].codes};
+    pass.x = a.x + row0 * a.x_stride;
     for (std::size_t g = 0; g < w.groups; ++g) {
-      const Group group = group_at(w, g);
-      const std::size_t param0 = panel0.param + g * a.scale_group_stride;
-      const std::size_t param1 = panel1.param + g * a.scale_group_stride;
-      if (a.raw == nullptr) {
-        params.scale0 = load_param(w, w.scales, param0);
-        params.scale1 = load_param(w, w.scales, param1);
-        if (has_offset) {
-          params.offset0 = load_param(w, w.zeros, param0);
-          params.offset1 = load_param(w, w.zeros, param1);
-        }
+      const std::size_t units = int_params::group_units(w, g);
+      const std::size_t sum_index = row0 * a.sums_stride + g;
+      pass.sums = a.x_sums + sum_index;
+      for (std::size_t p = 0; p < 2; ++p) {
+        const std::size_t param = panel[p].param + g * a.scale_group_stride;
+        params.scale[p] = a.raw == nullptr ? int_params::load_scale(w, param) : int_ops::zero_float();
+        params.offset[p] = a.raw == nullptr ? int_params::load_offset(w, param) : int_ops::zero_float();
+        params.zero[p] =
+            w.symmetry == Symmetry::asymmetric ? int_params::total_zero<Weights>(w, param) : int_ops::zero_int();
       }
-      pass.sums = a.x_sums + row0 * a.sums_stride + g;
-      std::size_t units = group.units;
-
-      const auto advance = [&](std::size_t n) {
-        codes0 += n * Weights::unit_bytes;
-        codes1 += n * Weights::unit_bytes;
-        x += n * k_unit;
-        units -= n;
-      };
-      pass.x = x;
-      if (fused && units % 4 == 0) {
-        if (units == 4) {
-          if (has_offset) rows_pass<Weights, 8, Start::sums, End::offset>(codes0, codes1, params, pass);
-          else rows_pass<Weights, 8, Start::sums, End::scale>(codes0, codes1, params, pass);
-          advance(4);
-          continue;
-        }
-        rows_pass<Weights, 8, Start::sums, End::partial>(codes0, codes1, params, pass);
-        advance(4);
-        for (; units > 4; advance(4)) {
-          pass.x = x;
-          rows_pass<Weights, 8, Start::partial, End::partial>(codes0, codes1, params, pass);
-        }
-        pass.x = x;
-        if (has_offset) rows_pass<Weights, 8, Start::partial, End::offset>(codes0, codes1, params, pass);
-        else rows_pass<Weights, 8, Start::partial, End::scale>(codes0, codes1, params, pass);
-        advance(4);
-        continue;
-      }
-      start_rows<Weights>(a, row0, rows, group, param0, param1, partial);
-      for (; units >= 4; advance(4)) {
-        pass.x = x;
-        rows_pass<Weights, 8, Start::partial, End::partial>(codes0, codes1, params, pass);
-      }
-      for (; units > 0; advance(1)) {
-        pass.x = x;
-        rows_pass<Weights, 2, Start::partial, End::partial>(codes0, codes1, params, pass);
-      }
-      if (a.raw == nullptr) finish_rows(a, row0, group, params, pass);
+      if (!call.plain || units % 4 != 0)
+        any_group<Weights>(call, codes, units, params, pass, sum_index);
+      else if (w.symmetry == Symmetry::symmetric)
+        whole_group<Weights, Start::shifted, End::scale>(codes, units, params, pass);
+      else if (w.symmetry == Symmetry::asymmetric)
+        whole_group<Weights, Start::multiplied, End::scale>(codes, units, params, pass);
+      else
+        whole_group<Weights, Start::shifted, End::offset>(codes, units, params, pass);
+      codes[0] += units * Weights::unit_bytes;
+      codes[1] += units * Weights::unit_bytes;
+      pass.x += units * k_unit;
     }
-    if (a.raw != nullptr) copy_out(partial, rows, pair, a.raw + out, a.acc_stride);
-    else copy_out(acc, rows, pair, a.acc + out, a.acc_stride);
+    for (std::size_t r = 0; r < rows; ++r)
+      for (std::size_t p = 0; p < count; ++p) {
+        const std::size_t out = (row0 + r) * a.acc_stride + (p0 + p - a.panel_begin) * panel_width;
+        if (a.raw != nullptr) int_ops::store_int(a.raw + out, int_ops::load_int(partial + 32 * r + 16 * p));
+        else int_ops::store_float(a.acc + out, int_ops::load_float(acc + 32 * r + 16 * p));
+      }
   }
 }
 
 // ---- stream ----------------------------------------------------------------------------------------------------
 
-/// Rows x Panels with all accumulators in registers, K whole.
+/// Rows x Panels over the whole of k.
 template <class Weights, int Rows, int Panels>
 inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) noexcept {
   const PanelView& w = a.w;
+  const Call call = call_of<Weights>(a);
   const std::uint8_t* codes[Panels];
   std::size_t param[Panels];
+  Float acc[Rows][Panels];
+  const std::int32_t* sums[Rows];
 #pragma GCC unroll 8
   for (int p = 0; p < Panels; ++p) {
-    const PanelParams at = panel_params(a, panel + static_cast<std::size_t>(p));
+    const Panel at = int_params::panel_at(a, panel + static_cast<std::size_t>(p));
     codes[p] = at.codes;
     param[p] = at.param;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) acc[r][p] = int_ops::zero_float();
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) sums[r] = a.x_sums + (row0 + static_cast<std::size_t>(r)) * a.sums_stride;
+
   const std::int8_t* x = a.x + row0 * a.x_stride;
-  Float acc[Rows][Panels];
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < Panels; ++p) acc[r][p] = int_ops::zero_float();
-  }
-  const Int shift = int_ops::set_int(bias_shift<Weights>(w.symmetry));
   const std::size_t out = row0 * a.acc_stride + (panel - a.panel_begin) * panel_width;
   std::size_t offset = 0;  // into codes
   for (std::size_t g = 0; g < w.groups; ++g) {
-    const Group group = group_at(w, g);
     Int d[Rows][Panels];
-    const std::size_t sums = row0 * a.sums_stride + g;
     if (w.symmetry == Symmetry::asymmetric) {
 #pragma GCC unroll 8
       for (int p = 0; p < Panels; ++p) {
-        const Int zero = total_zero<Weights>(w, param[p] + g * a.scale_group_stride);
+        const Int zero = int_params::total_zero<Weights>(w, param[p] + g * a.scale_group_stride);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-          d[r][p] = int_ops::sub(int_ops::zero_int(),
-                                 int_ops::mul(zero, int_ops::broadcast4(a.x_sums + sums + static_cast<std::size_t>(r) * a.sums_stride)));
+        for (int r = 0; r < Rows; ++r) d[r][p] = int_params::start_multiplied(sums[r] + g, zero);
       }
     } else {
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        const Int sum = int_ops::broadcast4(a.x_sums + sums + static_cast<std::size_t>(r) * a.sums_stride);
-        const Int start = int_ops::sub(int_ops::zero_int(), int_ops::shift_left(sum, shift));
+        const Int start = int_params::start_shifted(sums[r] + g, call.shift);
 #pragma GCC unroll 8
         for (int p = 0; p < Panels; ++p) d[r][p] = start;
       }
     }
-    for (std::size_t u = 0; u < group.units; ++u, offset += Weights::unit_bytes, x += k_unit) {
+    for (std::size_t u = int_params::group_units(w, g); u != 0; --u, offset += Weights::unit_bytes, x += k_unit) {
       Int b[Rows][2];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
@@ -358,6 +286,9 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
       }
 #pragma GCC unroll 8
       for (int p = 0; p < Panels; ++p) {
+#pragma GCC unroll 2
+        for (std::size_t line = 0; line < Weights::unit_bytes; line += 64)
+          int_ops::prefetch(codes[p] + offset + line + prefetch_bytes);
         Int w0;
         Int w1;
         Weights::load(codes[p] + offset, w0, w1);
@@ -368,52 +299,88 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
         }
       }
     }
+    if (a.raw != nullptr) {
 #pragma GCC unroll 8
-    for (int p = 0; p < Panels; ++p) {
-      const std::size_t at = param[p] + g * a.scale_group_stride;
-      if (a.raw != nullptr) {
+      for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-          int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride + static_cast<std::size_t>(p) * panel_width, d[r][p]);
-        continue;
+        for (int p = 0; p < Panels; ++p)
+          int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride +
+                                 static_cast<std::size_t>(p) * panel_width,
+                             d[r][p]);
       }
-      const Float scale = load_param(w, w.scales, at);
-      const Float off = w.symmetry == Symmetry::float_offset ? load_param(w, w.zeros, at) : int_ops::zero_float();
+      return;
+    }
+    Float scale[Panels];
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-        acc[r][p] = finish(a, scale, off, d[r][p], sums + static_cast<std::size_t>(r) * a.sums_stride, acc[r][p]);
+    for (int p = 0; p < Panels; ++p) scale[p] = int_params::load_scale(w, param[p] + g * a.scale_group_stride);
+    if (call.plain && w.symmetry != Symmetry::float_offset) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < Panels; ++p)
+          acc[r][p] = int_ops::fma(scale[p], int_ops::to_float(d[r][p]), acc[r][p]);
+      }
+      continue;
+    }
+    Float weight_offset[Panels];
+#pragma GCC unroll 8
+    for (int p = 0; p < Panels; ++p)
+      weight_offset[p] = int_params::load_offset(w, param[p] + g * a.scale_group_stride);
+    if (call.plain) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Float sum = int_ops::to_float(int_ops::broadcast4(sums[r] + g));
+#pragma GCC unroll 8
+        for (int p = 0; p < Panels; ++p)
+          acc[r][p] = int_ops::fma(weight_offset[p], sum,
+                                   int_ops::fma(scale[p], int_ops::to_float(d[r][p]), acc[r][p]));
+      }
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int p = 0; p < Panels; ++p)
+        acc[r][p] = int_params::finish(a, scale[p], weight_offset[p], d[r][p],
+                                       (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g, acc[r][p]);
     }
   }
-  if (a.raw != nullptr) return;
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
     for (int p = 0; p < Panels; ++p)
-      int_ops::store_float(a.acc + out + static_cast<std::size_t>(r) * a.acc_stride + static_cast<std::size_t>(p) * panel_width, acc[r][p]);
+      int_ops::store_float(
+          a.acc + out + static_cast<std::size_t>(r) * a.acc_stride + static_cast<std::size_t>(p) * panel_width,
+          acc[r][p]);
   }
 }
 
-/// All panels of a call, Panels at a time; the last few overlap with those before (the same results twice).
-template <class Weights, int Rows, int Panels>
-inline void stream_panels(const IntGemmArgs& a, std::size_t row0) noexcept {
-  constexpr std::size_t step = Panels;
-  std::size_t p = a.panel_begin;
-  for (; p + step <= a.panel_end; p += step) stream<Weights, Rows, Panels>(a, row0, p);
-  if (p == a.panel_end) return;
-  if (a.panel_end - a.panel_begin >= step) return stream<Weights, Rows, Panels>(a, row0, a.panel_end - step);
-  for (; p < a.panel_end; ++p) stream<Weights, Rows, 1>(a, row0, p);
+template <class Weights, int Panels>
+NIBBLE_ALWAYS_INLINE void stream_rows(const IntGemmArgs& a, std::size_t row0, std::size_t rows,
+                                      std::size_t panel) noexcept {
+  std::size_t tiles = (rows + tile_rows - 1) / tile_rows;
+  for (std::size_t r = 0; r < rows; --tiles) {
+    const std::size_t height = (rows - r + tiles - 1) / tiles;  // nearly equal ones
+    switch (height) {
+      case 1: stream<Weights, 1, Panels>(a, row0 + r, panel); break;
+      case 2: stream<Weights, 2, Panels>(a, row0 + r, panel); break;
+      case 3: stream<Weights, 3, Panels>(a, row0 + r, panel); break;
+      default: stream<Weights, 4, Panels>(a, row0 + r, panel); break;
+    }
+    r += height;
+  }
 }
 
+/// All panels of a call; the last few overlap with those before, which gives the same results twice.
 template <class Weights>
-inline void gemm(const IntGemmArgs& a) noexcept {
+inline void stream_all(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
   if (a.panel_begin >= a.panel_end) return;
-  for (std::size_t row0 = 0; row0 < a.rows;) {
-    const std::size_t rows = a.rows - row0 < row_block ? a.rows - row0 : row_block;
-    if (rows == 1) stream_panels<Weights, 1, 4>(a, row0);
-    else if (rows == 2) stream_panels<Weights, 2, 4>(a, row0);
-    else stationary<Weights>(a, row0, rows);
-    row0 += rows;
-  }
+  std::size_t p = a.panel_begin;
+  for (; p + tile_panels <= a.panel_end; p += tile_panels) stream_rows<Weights, tile_panels>(a, row0, rows, p);
+  if (p == a.panel_end) return;
+  if (a.panel_end - a.panel_begin >= tile_panels)
+    return stream_rows<Weights, tile_panels>(a, row0, rows, a.panel_end - tile_panels);
+  for (; p < a.panel_end; ++p) stream_rows<Weights, 1>(a, row0, rows, p);
 }
 
 }  // namespace int_tiles

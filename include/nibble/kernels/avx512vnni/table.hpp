@@ -45,6 +45,7 @@ namespace floats {
 
 // clang-format off
 #include "nibble/kernels/avx512vnni/int_ops.inl"
+#include "nibble/kernels/vector/int_params.inl"
 #include "nibble/kernels/avx512vnni/int_tiles.inl"
 #include "nibble/kernels/avx512vnni/w8a8.inl"
 #include "nibble/kernels/avx512vnni/w4a8.inl"
@@ -53,11 +54,11 @@ namespace floats {
 inline constexpr KernelTable table = [] {
   KernelTable t;
   t.isa = Isa::avx512vnni;
-  t.int_panels = 2;
+  t.int_panels = int_tiles::tile_panels;
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
   t.float_tile_rows = floats::gemm_rows;
-  t.float_panels = floats::gemm_panels;
+  t.float_panels = 4;
   t.gemv_max_rows = 4;
   t.unpack = &floats::unpack;
   t.gemm_float = &floats::gemm_float;
