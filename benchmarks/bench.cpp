@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -69,18 +70,27 @@ void race(std::vector<Competitor>& competitors, const RaceOptions& race_options)
   const double affordable = race_options.budget / std::max(round_seconds, 1e-9);
   const std::size_t rounds = static_cast<std::size_t>(std::clamp(
       affordable, static_cast<double>(race_options.min_rounds), static_cast<double>(race_options.max_rounds)));
+  const bool any_lingers =
+      std::any_of(competitors.begin(), competitors.end(), [](const Competitor& c) { return c.lingers; });
   for (std::size_t round = 0; round < rounds; ++round) {
-    bool lingering = true;
+    bool lingering = any_lingers;
     for (std::size_t j = 0; j < competitors.size(); ++j) {
       const std::size_t i = (j + round * competitors.size() / rounds) % competitors.size();
       Competitor& competitor = competitors[i];
       if (lingering) std::this_thread::sleep_for(rest);
       lingering = competitor.lingers;
       if (estimate[i] < long_call) competitor.call();
-      const double seconds = seconds_of([&] {
-        for (std::size_t c = 0; c < calls[i]; ++c) competitor.call();
-      });
-      competitor.seconds.push_back(seconds / static_cast<double>(calls[i]));
+      // In eight parts, so that a sample which turns out much longer than expected ends early.
+      double seconds = 0;
+      std::size_t done = 0;
+      for (int part = 1; part <= 8 && seconds < 4 * race_options.sample; ++part) {
+        const std::size_t until = std::max<std::size_t>(1, calls[i] * static_cast<std::size_t>(part) / 8);
+        if (until == done) continue;
+        seconds += seconds_of([&] {
+          for (; done < until; ++done) competitor.call();
+        });
+      }
+      competitor.seconds.push_back(seconds / static_cast<double>(done));
     }
   }
 }
@@ -219,7 +229,7 @@ class TableReporter : public benchmark::BenchmarkReporter {
     if (row.suite == "quantize") {
       heading("quantize, dequantize, pack: GB/s read and written, beside a copy loop",
               "  operation           format                        GB/s  % of copy  note");
-      std::printf("  %-19s %-26s %7.2f %9.0f%%  %s\n", row.kernel.c_str(), row.symmetry.c_str(), row.gbps,
+      std::printf("  %-19s %-26s %7.2f %9.0f%%  %s\n", row.kernel.c_str(), row.format.c_str(), row.gbps,
                   row.percent_of_limit, row.note.c_str());
       return;
     }
@@ -259,6 +269,49 @@ class TableReporter : public benchmark::BenchmarkReporter {
   std::size_t rows_ = 0;
   std::string heading_;
 };
+
+/// What rows say together: two threads against one, four tokens against one. A line a kernel and shape.
+void print_scaling() {
+  const auto same_product = [](const Row& a, const Row& b) {
+    return a.suite == "gemm" && b.suite == "gemm" && a.kernel == b.kernel && a.isa == b.isa &&
+           a.group_size == b.group_size && a.symmetry == b.symmetry && a.n == b.n && a.k == b.k;
+  };
+  const std::vector<Row>& rows = results().rows;
+  const auto print = [&](const char* title, auto&& is_pair, auto&& text_of) {
+    bool titled = false;
+    std::vector<bool> told(rows.size(), false);
+    for (std::size_t first = 0; first < rows.size(); ++first) {
+      if (told[first]) continue;
+      std::string line;
+      for (std::size_t i = first; i < rows.size(); ++i) {
+        if (!same_product(rows[first], rows[i])) continue;
+        told[i] = true;
+        for (const Row& other : rows)
+          if (same_product(rows[i], other) && is_pair(rows[i], other)) line += text_of(rows[i], other);
+      }
+      if (line.empty()) continue;
+      if (!titled) std::printf("\n%s\n", title);
+      titled = true;
+      const Row& row = rows[first];
+      const std::string shape = std::to_string(row.n) + " x " + std::to_string(row.k);
+      std::printf("  %-10s g%-4lld %-13s %-11s %-13s%s\n", row.kernel.c_str(),
+                  static_cast<long long>(row.group_size), row.symmetry.c_str(), row.isa.c_str(), shape.c_str(),
+                  line.c_str());
+    }
+  };
+  print(
+      "two threads, times as fast as one",
+      [](const Row& two, const Row& one) { return two.threads == 2 && one.threads == 1 && two.m == one.m; },
+      [](const Row& two, const Row& one) {
+        return "  m=" + std::to_string(two.m) + ": " + ratio_text(one.seconds / two.seconds);
+      });
+  print(
+      "time for four tokens, in times of that for one",
+      [](const Row& four, const Row& one) { return four.m == 4 && one.m == 1 && four.threads == one.threads; },
+      [](const Row& four, const Row& one) {
+        return "  threads=" + std::to_string(four.threads) + ": " + ratio_text(four.seconds / one.seconds);
+      });
+}
 
 const char usage[] =
     "usage: nibble_benchmarks [OPTION ...] [--benchmark_... options of Google Benchmark]\n"
@@ -336,6 +389,13 @@ void parse(int argc, char** argv) {
   for (const std::string& suite : o.suites)
     if (suite != "limits" && suite != "gemm" && suite != "quantize" && suite != "sweep")
       fail("unknown suite '" + suite + "'");
+  // Better now than after ten minutes.
+  if (!o.json.empty() && !std::ofstream(o.json, std::ios::app)) fail("cannot write " + o.json);
+  if (!o.svg.empty()) {
+    std::error_code error;
+    std::filesystem::create_directories(o.svg, error);
+    if (error) fail("cannot make the folder " + o.svg);
+  }
   if (o.threads.empty()) {
     o.threads = {1};
     if (std::thread::hardware_concurrency() > 1) o.threads.push_back(2);
@@ -386,7 +446,7 @@ void write_json(const std::string& path) {
   separator = "\n    ";
   for (const Row& row : results().rows) {
     if (row.suite != "quantize") continue;
-    out << separator << "{\"operation\": " << quoted(row.kernel) << ", \"format\": " << quoted(row.symmetry)
+    out << separator << "{\"operation\": " << quoted(row.kernel) << ", \"format\": " << quoted(row.format)
         << ", \"isa\": " << quoted(row.isa) << ", \"rows\": " << row.n << ", \"cols\": " << row.k
         << ", \"threads\": " << row.threads << ", \"seconds\": " << number(row.seconds, 6)
         << ", \"gbps\": " << number(row.gbps) << ", \"percent_of_copy\": " << number_or_null(row.percent_of_limit)
@@ -414,15 +474,15 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   bench::parse(argc, argv);
   const auto start = bench::Clock::now();
-  for (const std::string& suite : bench::options().suites) {
-    if (suite == "limits") bench::register_limits();
-    if (suite == "gemm") bench::register_gemm();
-    if (suite == "quantize") bench::register_quantize();
-    if (suite == "sweep") bench::register_sweep();
-  }
+  const auto wanted = [](const char* suite) { return bench::selected(bench::options().suites, suite); };
+  if (wanted("limits")) bench::register_limits();
+  if (wanted("gemm")) bench::register_gemm();
+  if (wanted("quantize")) bench::register_quantize();
+  if (wanted("sweep")) bench::register_sweep();
   bench::TableReporter reporter;
   benchmark::RunSpecifiedBenchmarks(&reporter);
   benchmark::Shutdown();
+  bench::print_scaling();
   if (!bench::options().json.empty()) bench::write_json(bench::options().json);
   if (!bench::options().svg.empty()) bench::write_svg(bench::options().svg);
   int wrong = 0;

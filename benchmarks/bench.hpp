@@ -1,6 +1,7 @@
 // What all benchmarks share: options, the race that times competitors side by side, rows of results.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -52,6 +53,7 @@ struct Competitor {
   std::vector<double> seconds;  // a call, one value a round
 
   double seconds_median() const { return median(seconds); }
+  double seconds_best() const { return *std::min_element(seconds.begin(), seconds.end()); }
 };
 
 /// How long a race takes.
@@ -76,6 +78,7 @@ struct Row {
   std::string isa;
   std::int64_t group_size = 0;  // 0: one scale a channel, or none
   std::string symmetry;         // empty for float formats
+  std::string format;           // of the suite quantize
   std::int64_t m = 0;
   std::int64_t n = 0;
   std::int64_t k = 0;
@@ -116,7 +119,7 @@ std::string huge_pages_setting();
 std::string utc_now();
 
 void write_json(const std::string& path);
-void write_svg(const std::string& folder);
+void write_svg(const std::string& folder);  // which exists
 
 /// Ops of a product: a multiply and an add each.
 inline double ops_of(std::int64_t m, std::int64_t n, std::int64_t k) {

@@ -393,6 +393,7 @@ std::vector<const Spec*> sweep_specs() {
   return specs;
 }
 
+// Here the best round counts, not the median: a cliff stands in every round, what disturbs the machine does not.
 constexpr double cliff = 0.7;
 
 RaceOptions sweep_race() {
@@ -424,7 +425,7 @@ EntryReport sweep_tokens() {
   race(field, sweep_race());
   EntryReport report;
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    finish(rows[i], field[i].seconds_median(), 0);
+    finish(rows[i], field[i].seconds_best(), 0);
     report.seconds += rows[i].seconds;
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -443,10 +444,10 @@ EntryReport sweep_tokens() {
 /// Odd shapes, each beside a round one of about its size.
 EntryReport sweep_shapes() {
   static const std::vector<std::pair<Shape, Shape>> pairs = {
-      {{172, 64}, {176, 64}},       {{64, 172}, {64, 176}},       {{288, 768}, {288, 768}},
+      {{172, 64}, {176, 64}},       {{64, 172}, {64, 176}},       {{300, 780}, {288, 768}},
       {{577, 571}, {576, 576}},     {{576, 1536}, {512, 1536}},   {{1536, 576}, {1536, 512}},
       {{1009, 1013}, {1008, 1024}}, {{2053, 2039}, {2048, 2048}}, {{4099, 4093}, {4096, 4096}},
-      {{49152, 576}, {49152, 512}}, {{5504, 2048}, {5504, 2048}}};
+      {{49152, 576}, {49152, 512}}, {{5503, 2051}, {5504, 2048}}};
   const Isa isa = chosen_isas().back();
   EntryReport report;
   for (const auto& [odd, round] : pairs) {
@@ -472,8 +473,8 @@ EntryReport sweep_shapes() {
     race_options.budget /= static_cast<double>(pairs.size());
     race(field, race_options);
     for (std::size_t i = 0; i < rows.size(); i += 2) {
-      finish(rows[i], field[i].seconds_median(), 0);
-      finish(rows[i + 1], field[i + 1].seconds_median(), 0);
+      finish(rows[i], field[i].seconds_best(), 0);
+      finish(rows[i + 1], field[i + 1].seconds_best(), 0);
       report.seconds += rows[i].seconds;
       const double share = rows[i].gops / rows[i + 1].gops;
       const int percent = static_cast<int>(100 * share);

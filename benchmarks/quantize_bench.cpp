@@ -68,7 +68,7 @@ struct Work {
     Row row;
     row.suite = "quantize";
     row.kernel = operation;
-    row.symmetry = format;
+    row.format = format;
     rows.push_back(row);
     bytes.push_back(moved);
     field.push_back({operation + "/" + format, std::move(call), false, {}});

@@ -1,6 +1,4 @@
 // The drawings: plain SVG 1.1, no script, no fonts but the viewer's.
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -57,7 +55,7 @@ class Chart {
   Chart(std::string title, Axis x, Axis y) : x_(std::move(x)), y_(std::move(y)) {
     body_ << "<text x=\"" << left << "\" y=\"26\" font-size=\"16\" font-weight=\"bold\">" << escaped(title)
           << "</text>\n";
-    for (const double value : x_.ticks()) {
+    for (const double value : x_.label.empty() ? std::vector<double>() : x_.ticks()) {
       line(px(value), top, px(value), top + height, "#dddddd", 1, "");
       text(px(value), top + height + 18, short_number(value), "middle", 11, "#333333");
     }
@@ -210,10 +208,16 @@ bool draw_roofline(const std::string& path) {
   }
   Chart chart("Roofline, one thread, " + isa, {0.2, 1000, true, "operations per byte (weights, x and y once)"},
               {least_gops / 2, most_gops * 1.5, true, "GOP/s"});
+  std::sort(roofs.begin(), roofs.end(), [](const LimitRow* a, const LimitRow* b) { return a->gops < b->gops; });
+  double below = 0;
+  double label_at = 0;
   for (const LimitRow* roof : roofs) {
-    const double corner = dram > 0 ? roof->gops / std::max(l3, dram) : 0.2;
+    const double corner = roof->gops / std::max({l3, dram, 1.0});
     chart.polyline({{std::max(0.2, corner), roof->gops}, {1000, roof->gops}}, "#999999", "", "5 3");
-    chart.label(std::max(110.0, corner), roof->gops, roof->name, "#777777");
+    // Roofs close to each other have their names side by side.
+    label_at = roof->gops < below * 1.2 && label_at > 6 ? label_at / 5 : 130;
+    below = roof->gops;
+    chart.label(label_at, roof->gops, roof->name, "#777777");
   }
   for (const auto& [gbps, name] : {std::pair<double, std::string>{l3, "read 8 MB"}, {dram, "read DRAM"}}) {
     if (gbps <= 0) continue;
@@ -295,7 +299,6 @@ bool draw_sweep_shapes(const std::string& path) {
 }  // namespace
 
 void write_svg(const std::string& folder) {
-  mkdir(folder.c_str(), 0777);  // an existing one is fine; anything else shows when writing
   const bool ok = draw_roofline(folder + "/roofline.svg") && draw_sweep_tokens(folder + "/sweep_tokens.svg") &&
                   draw_sweep_shapes(folder + "/sweep_shapes.svg");
   if (!ok) {
