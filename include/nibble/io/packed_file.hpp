@@ -27,9 +27,11 @@
 // This header needs nlohmann/json and is not a part of <nibble/nibble.hpp>.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -89,7 +91,9 @@ class PackedHeaderReader {
       return flat;
     };
     json_ = nlohmann::json::parse(text, watch, false);
-    if (!flat || !json_.is_object()) fail("is no flat JSON object with distinct keys");
+    // (nlohmann/json takes a NUL for the end of the text.)
+    if (!flat || !json_.is_object() || text.find('\0') != std::string::npos)
+      fail("is no flat JSON object with distinct keys");
   }
 
   PackedHeader read() {
@@ -354,6 +358,8 @@ class PackedFile {
     } catch (const InvalidArgument& error) {
       // The caller gave a file, not the sizes and scales that are wrong in it.
       detail::raise<FormatError>(where + ": " + error.what());
+    } catch (const Unsupported& error) {
+      detail::raise<Unsupported>(where + ": " + error.what());
     }
 #else
     return assemble_parts(header, name, where);

@@ -1,0 +1,59 @@
+// libFuzzer entry for the file readers: every input is an error or a file that can be read whole. Build, with Clang:
+//   clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -Iinclude -isystem /usr/include/eigen3 tests/fuzz_io.cpp
+// The first byte chooses the format.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "nibble/io/gguf_quantized.hpp"
+#include "nibble/io/packed_file.hpp"
+
+namespace {
+
+nibble::Buffer exact_copy(const std::uint8_t* data, std::size_t size) {
+  const std::shared_ptr<std::uint8_t> memory(new std::uint8_t[size + 1], std::default_delete<std::uint8_t[]>());
+  nibble::detail::copy_bytes(memory.get(), data, size);
+  return nibble::Buffer::borrow(memory.get(), size, memory);
+}
+
+void read_gguf(const nibble::Buffer& bytes) {
+  const auto file = nibble::GgufFile::parse(bytes);
+  for (const auto& entry : file.metadata()) {
+    nibble::GgufArray array;
+    if (entry.value.get(array) && array.element_type() == nibble::GgufValueType::array) (void)array.arrays();
+    if (entry.value.get(array) && array.element_type() == nibble::GgufValueType::string)
+      (void)array.as<std::string_view>();
+  }
+  for (const auto& tensor : file.tensors()) {
+    const nibble::GgufTypeInfo* info = nibble::gguf_type_info(tensor.type);
+    if (info == nullptr || !info->decodes) continue;
+    (void)tensor.dequantize();
+    if (tensor.elements == 0) continue;
+    const auto quantized = nibble::to_quantized(tensor);
+    const auto type = nibble::gguf_type_for(quantized);
+    (void)nibble::to_gguf(quantized, type);
+  }
+}
+
+void read_packed(const nibble::Buffer& bytes) {
+  const auto file = nibble::PackedFile::parse(bytes);
+  for (const auto& [name, matrix] : file.matrices())
+    if (matrix.rows() * matrix.cols() < 100000) (void)matrix.dequantize();
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  if (size == 0) return 0;
+  const nibble::Buffer bytes = exact_copy(data + 1, size - 1);
+  try {
+    switch (data[0] % 3) {
+      case 0: read_gguf(bytes); break;
+      case 1: (void)nibble::SafetensorsFile::parse(bytes); break;
+      default: read_packed(bytes); break;
+    }
+  } catch (const nibble::Error&) {
+  }
+  return 0;
+}
