@@ -18,9 +18,9 @@
 namespace llm {
 
 struct BenchOptions {
-  std::size_t prompt = 512;   // tokens
-  std::size_t decode = 64;    // tokens
-  std::size_t depth = 0;      // tokens in the cache before decoding is timed
+  std::size_t prompt = 512;  // tokens
+  std::size_t decode = 64;   // tokens
+  std::size_t depth = 0;     // tokens in the cache before decoding is timed
   std::size_t repeats = 3;
 };
 

@@ -56,7 +56,8 @@ inline ChatPrompt chat_prompt(const std::string& jinja, const std::string& syste
     if (!system.empty()) p.before += "<<SYS>>\n" + system + "\n<</SYS>>\n\n";
     p.after = " [/INST]";
   } else {
-    throw std::runtime_error(jinja.empty() ? "the model has no chat template" : "the model's chat template is not known");
+    throw std::runtime_error(jinja.empty() ? "the model has no chat template"
+                                           : "the model's chat template is not known");
   }
   return p;
 }

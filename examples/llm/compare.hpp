@@ -71,7 +71,8 @@ inline nlohmann::json run_self(std::vector<std::string> arguments, const std::fi
   int status = 0;
   while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
-  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) throw std::runtime_error("nibble " + arguments[1] + " failed");
+  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+    throw std::runtime_error("nibble " + arguments[1] + " failed");
   std::ifstream file(json_file);
   nlohmann::json json = nlohmann::json::parse(file, nullptr, false);
   if (!json.is_object()) throw std::runtime_error("nibble " + arguments[1] + " wrote no JSON");
@@ -104,8 +105,8 @@ inline std::string compare_csv(const std::vector<CompareRow>& rows) {
 inline std::string compare_table(const std::vector<CompareRow>& rows) {
   std::string table;
   char line[512];
-  std::snprintf(line, sizeof line, "%-20s %10s %12s %8s %11s %9s %11s %11s\n", "format", "file MiB", "resident MiB",
-                "load s", "perplexity", "change", "prompt t/s", "decode t/s");
+  std::snprintf(line, sizeof line, "%-20s %10s %12s %8s %11s %9s %11s %11s\n", "format", "file MiB",
+                "resident MiB", "load s", "perplexity", "change", "prompt t/s", "decode t/s");
   table += line;
   for (const CompareRow& r : rows) {
     std::snprintf(line, sizeof line, "%-20s %10.1f %12.1f %8.3f %11.3f %+8.2f%% %11.1f %11.1f\n", r.format.c_str(),

@@ -15,14 +15,16 @@ namespace llm {
 /// What a user asks for; what was left open has the format's default.
 struct FormatSpec {
   nibble::Format format = nibble::Format::fp32;
-  std::optional<std::size_t> group;             // inputs that share a scale; 0: one scale a row
+  std::optional<std::size_t> group;  // inputs that share a scale; 0: one scale a row
   std::optional<nibble::Symmetry> symmetry;
   std::optional<nibble::ScaleType> scales;
 };
 
 inline const char* format_spec_help() {
-  return "fp32, fp16, bf16, int8, int4 or nf4, with any of -gN (groups of N inputs, a multiple of 16), -row (a scale a "
-         "row), -sym, -asym (integer zero point), -offset (float offset, as GGUF's Q4_1), -s32, -s16, -sbf16 (type of "
+  return "fp32, fp16, bf16, int8, int4 or nf4, with any of -gN (groups of N inputs, a multiple of 16), -row (a "
+         "scale a "
+         "row), -sym, -asym (integer zero point), -offset (float offset, as GGUF's Q4_1), -s32, -s16, -sbf16 "
+         "(type of "
          "the scales). int8 means int8-row-sym, int4 means int4-g64-asym, nf4 means nf4-g64";
 }
 
@@ -65,7 +67,8 @@ inline FormatSpec parse_format(std::string_view text) {
     }
   }
   if (spec.group && *spec.group % 16 != 0) bad("the group is no multiple of 16");
-  if (!nibble::has_scales(spec.format) && (spec.group || spec.symmetry || spec.scales)) bad("floats have no groups");
+  if (!nibble::has_scales(spec.format) && (spec.group || spec.symmetry || spec.scales))
+    bad("floats have no groups");
   if (spec.format == nibble::Format::nf4 && spec.symmetry && *spec.symmetry != nibble::Symmetry::symmetric)
     bad("nf4 is symmetric");
   return spec;
@@ -82,7 +85,8 @@ inline nibble::Scheme scheme_of(const FormatSpec& spec, bool for_gguf = false) {
   scheme.granularity = group == 0 ? nibble::Granularity::per_channel(0) : nibble::Granularity::per_group(group, 1);
   scheme.symmetry = spec.symmetry.value_or(spec.format == nibble::Format::int4 ? nibble::Symmetry::asymmetric
                                                                                : nibble::Symmetry::symmetric);
-  scheme.scale_type = spec.scales.value_or(group == 0 && !for_gguf ? nibble::ScaleType::fp32 : nibble::ScaleType::fp16);
+  scheme.scale_type =
+      spec.scales.value_or(group == 0 && !for_gguf ? nibble::ScaleType::fp32 : nibble::ScaleType::fp16);
   return scheme;
 }
 

@@ -13,16 +13,16 @@ struct Hparams {
   std::string name;
   std::size_t layers = 0;
   std::size_t dim = 0;
-  std::size_t ffn = 0;           // hidden size of the feed-forward network
+  std::size_t ffn = 0;  // hidden size of the feed-forward network
   std::size_t heads = 0;
-  std::size_t kv_heads = 0;      // grouped-query attention: heads / kv_heads queries share a key
+  std::size_t kv_heads = 0;  // grouped-query attention: heads / kv_heads queries share a key
   std::size_t head_size = 0;
-  std::size_t rope_size = 0;     // dimensions of a head that RoPE turns
-  std::size_t context = 0;       // tokens that the model was trained for
+  std::size_t rope_size = 0;  // dimensions of a head that RoPE turns
+  std::size_t context = 0;    // tokens that the model was trained for
   std::size_t vocabulary = 0;
   float rms_epsilon = 1e-5F;
   double rope_base = 10000.0;
-  double rope_scale = 1.0;       // positions are divided by it
+  double rope_scale = 1.0;  // positions are divided by it
 
   std::size_t kv_size() const { return kv_heads * head_size; }
   std::size_t q_size() const { return heads * head_size; }
@@ -47,15 +47,16 @@ inline void check(const Hparams& h) {
                                " key-value heads evenly");
   require<nibble::FormatError>(h.rope_size % 2 == 0 && h.rope_size <= h.head_size, "rope dimension count is ",
                                h.rope_size, ", expected an even number up to ", h.head_size);
-  require<nibble::FormatError>(h.rms_epsilon > 0.0F && h.rms_epsilon < 1.0F && h.rope_base > 0.0 && h.rope_scale > 0.0,
-                               "the model's epsilon or rope constants are out of range");
+  require<nibble::FormatError>(
+      h.rms_epsilon > 0.0F && h.rms_epsilon < 1.0F && h.rope_base > 0.0 && h.rope_scale > 0.0,
+      "the model's epsilon or rope constants are out of range");
 }
 
 inline Hparams hparams_of(const nibble::GgufFile& file) {
   using nibble::FormatError;
   const auto architecture = file.get<std::string>("general.architecture");
-  nibble::detail::require<nibble::Unsupported>(architecture == "llama", "the model's architecture is '", architecture,
-                                               "'; this program runs 'llama'");
+  nibble::detail::require<nibble::Unsupported>(architecture == "llama", "the model's architecture is '",
+                                               architecture, "'; this program runs 'llama'");
   Hparams h;
   h.name = file.get_or<std::string>("general.name", architecture);
   h.layers = file.get<std::size_t>("llama.block_count");
@@ -77,7 +78,8 @@ inline Hparams hparams_of(const nibble::GgufFile& file) {
   if (scaling == "linear")
     h.rope_scale = file.get_or<double>("llama.rope.scaling.factor", 1.0);
   else
-    nibble::detail::require<nibble::Unsupported>(scaling == "none", "rope scaling '", scaling, "' is not supported");
+    nibble::detail::require<nibble::Unsupported>(scaling == "none", "rope scaling '", scaling,
+                                                 "' is not supported");
   const nibble::GgufTensor& embedding = file.tensor("token_embd.weight");
   h.vocabulary = embedding.rows();
   check(h);
@@ -85,10 +87,18 @@ inline Hparams hparams_of(const nibble::GgufFile& file) {
 }
 
 inline nlohmann::json to_json(const Hparams& h) {
-  return {{"name", h.name},           {"layers", h.layers},       {"dim", h.dim},
-          {"ffn", h.ffn},             {"heads", h.heads},         {"kv_heads", h.kv_heads},
-          {"head_size", h.head_size}, {"rope_size", h.rope_size}, {"context", h.context},
-          {"vocabulary", h.vocabulary}, {"rms_epsilon", h.rms_epsilon}, {"rope_base", h.rope_base},
+  return {{"name", h.name},
+          {"layers", h.layers},
+          {"dim", h.dim},
+          {"ffn", h.ffn},
+          {"heads", h.heads},
+          {"kv_heads", h.kv_heads},
+          {"head_size", h.head_size},
+          {"rope_size", h.rope_size},
+          {"context", h.context},
+          {"vocabulary", h.vocabulary},
+          {"rms_epsilon", h.rms_epsilon},
+          {"rope_base", h.rope_base},
           {"rope_scale", h.rope_scale}};
 }
 

@@ -88,9 +88,9 @@ NIBBLE_TARGET_END
 namespace llm {
 
 struct MachineLimits {
-  double read_gbps = 0.0;      // sequential reads of memory that no cache holds
-  double integer_gops = 0.0;   // 8-bit products and sums; 0 where the ISA has no loop here
-  double float_gops = 0.0;     // fp32 fused multiply-adds, two operations each
+  double read_gbps = 0.0;     // sequential reads of memory that no cache holds
+  double integer_gops = 0.0;  // 8-bit products and sums; 0 where the ISA has no loop here
+  double float_gops = 0.0;    // fp32 fused multiply-adds, two operations each
 };
 
 namespace limits_detail {

@@ -44,7 +44,8 @@ void write_file(const std::string& path, const std::string& text) {
 }
 
 void write_json(const Common& c, const nlohmann::json& json) {
-  if (!c.json.empty()) write_file(c.json, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  if (!c.json.empty())
+    write_file(c.json, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 std::string read_text(const std::string& path) {
@@ -57,15 +58,17 @@ double mib(std::size_t bytes) { return static_cast<double>(bytes) / 1048576.0; }
 
 /// A model that is open and ready to run.
 struct Session {
-  std::unique_ptr<llm::ModelFile> file;
   nibble::ThreadPool pool;
   std::unique_ptr<llm::Tokenizer> tokenizer;
   llm::Model model;
+  std::size_t file_bytes = 0;
   double load_seconds = 0.0;
 
   explicit Session(const Common& c) : pool(c.threads) {
     const double start = llm::limits_detail::seconds_now();
-    file = llm::open_model(c.model);
+    // What the model needs of the file it keeps itself: a GGUF's map goes, a packed file's stays.
+    const auto file = llm::open_model(c.model);
+    file_bytes = file->bytes();
     tokenizer = std::make_unique<llm::Tokenizer>(file->vocabulary());
     if (tokenizer->vocabulary().size() > file->hparams().vocabulary)
       throw nibble::FormatError("the vocabulary has more tokens than the embedding has rows");
@@ -84,8 +87,8 @@ void inspect(const Common& c) {
   std::printf("%s: %s, %.1f MiB\n\n", c.model.c_str(), file->kind().c_str(), mib(file->bytes()));
   std::printf("  %s\n  layers %zu, embedding %zu, feed-forward %zu, heads %zu (%zu key-value heads) of %zu\n",
               h.name.c_str(), h.layers, h.dim, h.ffn, h.heads, h.kv_heads, h.head_size);
-  std::printf("  context %zu, rope base %g over %zu dimensions, rms epsilon %g\n", h.context, h.rope_base, h.rope_size,
-              static_cast<double>(h.rms_epsilon));
+  std::printf("  context %zu, rope base %g over %zu dimensions, rms epsilon %g\n", h.context, h.rope_base,
+              h.rope_size, static_cast<double>(h.rms_epsilon));
   std::printf("  vocabulary %zu (%s%s%s), %s embeddings\n\n", h.vocabulary, v.model.c_str(),
               v.model == "gpt2" ? ", " : "", v.model == "gpt2" ? v.pre.c_str() : "",
               file->has("output.weight") ? "separate" : "tied");
@@ -204,7 +207,8 @@ void perplexity(const Common& c, const PerplexityArguments& a) {
   Session s(c);
   const std::vector<Token> tokens = s.tokenizer->encode(text);
   const std::size_t available = tokens.size() / a.context;
-  nibble::detail::require(available > 0, "'", a.text, "' has ", tokens.size(), " tokens, a window takes ", a.context);
+  nibble::detail::require(available > 0, "'", a.text, "' has ", tokens.size(), " tokens, a window takes ",
+                          a.context);
   const std::size_t windows = a.windows == 0 ? available : a.windows;
   nibble::detail::require(windows <= available, "'", a.text, "' has ", tokens.size(), " tokens: ", available,
                           " windows of ", a.context, ", not ", windows);
@@ -345,11 +349,12 @@ void bench(const Common& c, const llm::BenchOptions& options, const std::vector<
   }
   const std::size_t resident = llm::resident_bytes();
   std::printf("\nload %.3f s, resident %.1f MiB, file %.1f MiB, weights read a token %.1f MiB\n\n", s.load_seconds,
-              mib(resident), mib(s.file->bytes()), mib(s.model.bytes_per_token()));
+              mib(resident), mib(s.file_bytes), mib(s.model.bytes_per_token()));
   std::printf("%7s %12s %12s %10s %18s %18s\n", "threads", "prompt t/s", "decode t/s", "first s", "prompt GOP/s",
               "decode GB/s");
   nlohmann::json runs = nlohmann::json::array();
-  const bool integer = activations_of(c) != nibble::Activations::fp32 && nibble::is_integer(s.model.layers[0].gate.format());
+  const bool integer =
+      activations_of(c) != nibble::Activations::fp32 && nibble::is_integer(s.model.layers[0].gate.format());
   for (const llm::BenchResult& r : results) {
     const double compute = integer ? r.limits.integer_gops : r.limits.float_gops;
     char gops[64], gbps[64];
@@ -375,7 +380,7 @@ void bench(const Common& c, const llm::BenchOptions& options, const std::vector<
                  {"prompt", options.prompt},
                  {"decode", options.decode},
                  {"depth", options.depth},
-                 {"file_bytes", s.file->bytes()},
+                 {"file_bytes", s.file_bytes},
                  {"resident_bytes", resident},
                  {"load_seconds", s.load_seconds},
                  {"bytes_per_token", s.model.bytes_per_token()},
@@ -461,9 +466,10 @@ void compare(const Common& c, const CompareArguments& a) {
 void add_common(CLI::App* app, Common& c, bool runs) {
   app->add_option("--json", c.json, "Write every figure to this file as JSON");
   if (!runs) return;
-  app->add_option("--activations", c.activations,
-                  "float: exact products of the dequantized weights; int8: quantize activations where the weights are "
-                  "integers; auto: int8 for them, float for the others")
+  app->add_option(
+         "--activations", c.activations,
+         "float: exact products of the dequantized weights; int8: quantize activations where the weights are "
+         "integers; auto: int8 for them, float for the others")
       ->check(CLI::IsMember({"auto", "float", "int8"}))
       ->capture_default_str();
 }
@@ -499,29 +505,34 @@ int run(int argc, char** argv) {
       "Exit status: 0 done, 1 it failed (a broken file, a full disk), 2 the arguments make no sense.");
   app.name("nibble");
   app.require_subcommand(1);
-  app.set_version_flag("--version", std::to_string(NIBBLE_VERSION_MAJOR) + "." + std::to_string(NIBBLE_VERSION_MINOR) +
-                                        "." + std::to_string(NIBBLE_VERSION_PATCH));
+  app.set_version_flag("--version", std::to_string(NIBBLE_VERSION_MAJOR) + "." +
+                                        std::to_string(NIBBLE_VERSION_MINOR) + "." +
+                                        std::to_string(NIBBLE_VERSION_PATCH));
   Common c;
   const auto positive = CLI::Range(std::size_t{1}, std::size_t{1} << 24);
 
-  CLI::App* inspect_app = app.add_subcommand("inspect", "Show a model's tensors, formats, sizes and hyperparameters");
+  CLI::App* inspect_app =
+      app.add_subcommand("inspect", "Show a model's tensors, formats, sizes and hyperparameters");
   add_model(inspect_app, c);
   add_common(inspect_app, c, false);
 
   QuantizeArguments q;
   CLI::App* quantize_app = app.add_subcommand("quantize", "Write a model in another format");
   quantize_app->description(
-      "Write a model in another format. The matrices of the blocks are quantized; the embedding, the output layer and "
-      "the norms stay as they are unless --keep names them. The output is a GGUF or a packed safetensors file by its "
+      "Write a model in another format. The matrices of the blocks are quantized; the embedding, the output layer "
+      "and "
+      "the norms stay as they are unless --keep names them. The output is a GGUF or a packed safetensors file by "
+      "its "
       "extension; a GGUF that could not decode to exactly the same values is refused.");
   add_model(quantize_app, c);
   quantize_app->add_option("out", q.out, "The file to write: .safetensors (packed) or .gguf")->required();
   quantize_app->add_option("--format", q.format, std::string("Format of the weights: ") + llm::format_spec_help())
       ->required();
-  CLI::Option* group =
-      quantize_app->add_option("--group", q.group, "Inputs that share a scale, a multiple of 16; 0: a scale a row");
+  CLI::Option* group = quantize_app->add_option("--group", q.group,
+                                                "Inputs that share a scale, a multiple of 16; 0: a scale a row");
   CLI::Option* symmetric = quantize_app->add_flag("--symmetric", q.symmetric, "No zero point");
-  quantize_app->add_flag("--float-offset", q.float_offset, "A float offset instead of an integer zero point (Q4_1)")
+  quantize_app
+      ->add_flag("--float-offset", q.float_offset, "A float offset instead of an integer zero point (Q4_1)")
       ->excludes(symmetric);
   quantize_app->add_option("--scales", q.scales, "Type of the scales")
       ->check(CLI::IsMember({"fp32", "fp16", "bf16"}));
@@ -529,9 +540,10 @@ int run(int argc, char** argv) {
       ->check(CLI::IsMember({"rtn"}))
       ->capture_default_str();
   quantize_app
-      ->add_option("--keep", q.keep,
-                   "REGEX=FORMAT: tensors whose name matches get FORMAT ('same': as it is). May be repeated; the first "
-                   "that matches decides")
+      ->add_option(
+          "--keep", q.keep,
+          "REGEX=FORMAT: tensors whose name matches get FORMAT ('same': as it is). May be repeated; the first "
+          "that matches decides")
       ->allow_extra_args(false);
   add_threads(quantize_app, c);
   add_common(quantize_app, c, false);
@@ -559,7 +571,8 @@ int run(int argc, char** argv) {
   generate_app->add_option("--temperature", g.sampler.temperature, "0: always the likeliest token")
       ->check(CLI::Range(0.0, 100.0))
       ->capture_default_str();
-  generate_app->add_option("--top-p", g.sampler.top_p, "Sample among the likeliest tokens that hold this probability")
+  generate_app
+      ->add_option("--top-p", g.sampler.top_p, "Sample among the likeliest tokens that hold this probability")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   generate_app->add_option("--seed", g.sampler.seed, "The same seed says the same text")->capture_default_str();
@@ -571,7 +584,8 @@ int run(int argc, char** argv) {
 
   llm::BenchOptions b;
   std::vector<int> threads = {0};
-  CLI::App* bench_app = app.add_subcommand("bench", "Speed of prompts and decoding, against this machine's limits");
+  CLI::App* bench_app =
+      app.add_subcommand("bench", "Speed of prompts and decoding, against this machine's limits");
   add_model(bench_app, c);
   bench_app->add_option("--prompt", b.prompt, "Tokens of the prompt; 0: none")
       ->check(CLI::Range(std::size_t{0}, std::size_t{1} << 20))

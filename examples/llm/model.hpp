@@ -31,7 +31,7 @@ struct Model {
   nibble::PackedMatrix embedding;  // vocabulary x dim; its rows are gathered
   std::vector<Layer> layers;
   Eigen::VectorXf output_norm;
-  nibble::PackedMatrix output;     // vocabulary x dim; tied embeddings: the same bytes as `embedding`
+  nibble::PackedMatrix output;  // vocabulary x dim; tied embeddings: the same bytes as `embedding`
   std::vector<float> rope_divisors;
 
   /// Bytes that one token's products read: all block matrices and the output layer.
@@ -101,7 +101,8 @@ inline Model load_model(const ModelFile& file, nibble::ThreadPool* pool = nullpt
     model.layers.push_back(std::move(l));
   }
   require<nibble::Unsupported>(used == file.tensors().size(), "the file holds ", file.tensors().size(),
-                               " tensors, of which this runner knows ", used, " (biases and others are not supported)");
+                               " tensors, of which this runner knows ", used,
+                               " (biases and others are not supported)");
   return model;
 }
 

@@ -56,7 +56,8 @@ class ModelFile {
 
 class GgufModelFile : public ModelFile {
  public:
-  explicit GgufModelFile(const std::string& path) : file_(nibble::GgufFile::open(path)), hparams_(hparams_of(file_)) {
+  explicit GgufModelFile(const std::string& path)
+      : file_(nibble::GgufFile::open(path)), hparams_(hparams_of(file_)) {
     for (const nibble::GgufTensor& t : file_.tensors()) {
       TensorInfo info;
       info.name = t.name;
@@ -102,8 +103,8 @@ class PackedModelFile : public ModelFile {
   explicit PackedModelFile(const std::string& path)
       : file_(nibble::PackedFile::open(path)), hparams_(hparams_of(packed_detail::json_of(file_, "hparams"))) {
     for (const auto& [name, matrix] : file_.matrices())
-      tensors_.push_back({name, {matrix.header().rows, matrix.header().cols}, name_of(matrix.scheme()),
-                          matrix.byte_size()});
+      tensors_.push_back(
+          {name, {matrix.header().rows, matrix.header().cols}, name_of(matrix.scheme()), matrix.byte_size()});
     for (const nibble::SafetensorsTensor& t : file_.safetensors().tensors()) {
       bytes_ += t.data.size();
       if (is_vocabulary_tensor(t.name) || is_part(t.name)) continue;

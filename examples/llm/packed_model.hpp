@@ -31,13 +31,15 @@ nibble::Buffer buffer_of(const std::vector<T>& values) {
 }
 
 template <class T>
-std::vector<T> values_of(const nibble::PackedFile& file, const char* name, nibble::SafetensorsType type, bool needed) {
+std::vector<T> values_of(const nibble::PackedFile& file, const char* name, nibble::SafetensorsType type,
+                         bool needed) {
   const nibble::SafetensorsTensor* tensor = file.find_tensor(name);
   nibble::detail::require<nibble::FormatError>(tensor != nullptr || !needed, "packed model: tensor '", name,
                                                "' is missing");
   if (tensor == nullptr) return {};
-  nibble::detail::require<nibble::FormatError>(tensor->type == type, "packed model: tensor '", name, "' is of type ",
-                                               nibble::name_of(tensor->type), ", expected ", nibble::name_of(type));
+  nibble::detail::require<nibble::FormatError>(tensor->type == type, "packed model: tensor '", name,
+                                               "' is of type ", nibble::name_of(tensor->type), ", expected ",
+                                               nibble::name_of(type));
   std::vector<T> values(tensor->data.size() / sizeof(T));
   if (!values.empty()) std::memcpy(values.data(), tensor->data.data(), values.size() * sizeof(T));
   return values;
@@ -100,7 +102,8 @@ inline Vocabulary vocabulary_of(const nibble::PackedFile& file) {
   v.tokens.reserve(ends.size());
   std::size_t begin = 0;
   for (const std::uint32_t end : ends) {
-    require<nibble::FormatError>(end >= begin && end <= text.size(), "packed model: tokenizer.ends does not ascend");
+    require<nibble::FormatError>(end >= begin && end <= text.size(),
+                                 "packed model: tokenizer.ends does not ascend");
     v.tokens.emplace_back(text.data() + begin, end - begin);
     begin = end;
   }

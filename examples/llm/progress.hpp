@@ -44,10 +44,12 @@ class Progress {
     constexpr std::size_t width = 30;
     const std::size_t full = done_ * width / total_;
     const double spent = seconds();
-    const double left = done_ == 0 ? 0.0 : spent / static_cast<double>(done_) * static_cast<double>(total_ - done_);
+    const double left =
+        done_ == 0 ? 0.0 : spent / static_cast<double>(done_) * static_cast<double>(total_ - done_);
     if (terminal_)
-      std::fprintf(stderr, "\r\x1b[K%s [%s%s] %zu/%zu %.0f s left %s", what_.c_str(), std::string(full, '#').c_str(),
-                   std::string(width - full, '.').c_str(), done_, total_, left, note.c_str());
+      std::fprintf(stderr, "\r\x1b[K%s [%s%s] %zu/%zu %.0f s left %s", what_.c_str(),
+                   std::string(full, '#').c_str(), std::string(width - full, '.').c_str(), done_, total_, left,
+                   note.c_str());
     else
       std::fprintf(stderr, "%s: %zu/%zu, %.0f s left %s\n", what_.c_str(), done_, total_, left, note.c_str());
     std::fflush(stderr);

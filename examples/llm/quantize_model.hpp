@@ -38,8 +38,8 @@ inline KeepRule parse_keep(const std::string& text) {
 }
 
 struct QuantizePlan {
-  FormatSpec format;             // of the block matrices
-  std::vector<KeepRule> keep;    // the first that matches decides
+  FormatSpec format;           // of the block matrices
+  std::vector<KeepRule> keep;  // the first that matches decides
 };
 
 struct QuantizeReport {
@@ -61,7 +61,8 @@ inline std::optional<FormatSpec> format_for(const QuantizePlan& plan, const Tens
   return plan.format;
 }
 
-inline nibble::QuantizedTensor quantize(const ModelFile& in, const TensorInfo& tensor, const nibble::Scheme& scheme) {
+inline nibble::QuantizedTensor quantize(const ModelFile& in, const TensorInfo& tensor,
+                                        const nibble::Scheme& scheme) {
   const nibble::QuantizedTensor stored = in.quantized(tensor.name);
   using Rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   Rows values(static_cast<Eigen::Index>(tensor.shape[0]), static_cast<Eigen::Index>(tensor.shape[1]));
@@ -93,9 +94,9 @@ inline nibble::GgufType gguf_type_of(const nibble::Scheme& s, const TensorInfo& 
   }
   const bool int8 = s.format == Format::int8;
   const std::size_t cols = tensor.shape.back();
-  const std::string same_bits = int8 ? "int8-g32-sym (Q8_0)" : s.symmetry == Symmetry::symmetric
-                                                                   ? "int4-g32-sym (Q4_0)"
-                                                                   : "int4-g32-offset (Q4_1)";
+  const std::string same_bits = int8                                ? "int8-g32-sym (Q8_0)"
+                                : s.symmetry == Symmetry::symmetric ? "int4-g32-sym (Q4_0)"
+                                                                    : "int4-g32-offset (Q4_1)";
   if (cols % 32 != 0)
     refuse("its rows of " + std::to_string(cols) + " are no multiple of 32",
            "fp16 for this tensor (--keep '" + tensor.name + "=fp16')");
@@ -151,7 +152,8 @@ inline void add_metadata(nibble::GgufWriter& out, const Hparams& h, const Vocabu
   if (!v.scores.empty()) out.add("tokenizer.ggml.scores", v.scores);
   std::vector<std::string> merges;
   for (const MergeRule& m : v.merges)
-    merges.push_back(v.tokens[static_cast<std::size_t>(m.left)] + " " + v.tokens[static_cast<std::size_t>(m.right)]);
+    merges.push_back(v.tokens[static_cast<std::size_t>(m.left)] + " " +
+                     v.tokens[static_cast<std::size_t>(m.right)]);
   if (!merges.empty()) out.add("tokenizer.ggml.merges", merges);
   const auto token = [&](const char* key, Token t) {
     if (t != no_token) out.add(key, static_cast<std::uint32_t>(t));
@@ -173,7 +175,8 @@ inline bool wants_gguf(const std::string& path) {
     return path.size() > end.size() && path.compare(path.size() - end.size(), end.size(), end) == 0;
   };
   if (ends_with(".gguf")) return true;
-  nibble::detail::require(ends_with(".safetensors"), "output '", path, "': expected a name in .gguf or .safetensors");
+  nibble::detail::require(ends_with(".safetensors"), "output '", path,
+                          "': expected a name in .gguf or .safetensors");
   return false;
 }
 
@@ -225,7 +228,8 @@ QuantizeReport quantize_to_packed(const ModelFile& in, const std::string& path, 
 /// Writes `in` to the GGUF `path` under `plan`. Whatever its tensors cannot hold exactly is refused before anything is
 /// written, with an InvalidArgument that names the nearest format.
 template <class Done>
-QuantizeReport quantize_to_gguf(const ModelFile& in, const std::string& path, const QuantizePlan& plan, Done&& done) {
+QuantizeReport quantize_to_gguf(const ModelFile& in, const std::string& path, const QuantizePlan& plan,
+                                Done&& done) {
   using namespace quantize_detail;
   struct Item {
     nibble::Scheme scheme;

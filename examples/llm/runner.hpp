@@ -58,6 +58,7 @@ class BasicRunner {
       s.scores.resize(index((options_.context + lanes - 1) / lanes * lanes), columns);
       s.out.resize(index(h_.head_size), columns);
       s.inverse.resize(columns);
+      warm_up(s);
     }
   }
 
@@ -100,9 +101,23 @@ class BasicRunner {
     Matrix scores;  // positions x (token, head)
     Matrix out;     // head_size x (token, head)
     Eigen::VectorXf inverse;
-    Matrix keys;    // where the cache is not of floats
+    nibble::Workspace workspace;
+    Matrix keys;  // where the cache is not of floats
     Matrix values;
   };
+
+  /// One token's products at the full context, so that a thread's workspace has its size before the first real task.
+  void warm_up(AttentionScratch& s) {
+    const Matrix cache = Matrix::Zero(index(options_.context), index(h_.head_size));
+    const Eigen::Index columns = index(queries_per_key());
+    nibble::MatmulOptions options;
+    options.workspace = &s.workspace;
+    s.query.setZero();
+    auto scores = s.scores.topLeftCorner(cache.rows(), columns);
+    nibble::gemm(cache, s.query.leftCols(columns), scores, options);
+    nibble::gemm(Eigen::Map<const Matrix>(cache.data(), cache.cols(), cache.rows()), scores,
+                 s.out.leftCols(columns), options);
+  }
 
   static Eigen::Index index(std::size_t n) { return static_cast<Eigen::Index>(n); }
   std::size_t queries_per_key() const { return h_.heads / h_.kv_heads; }
@@ -214,8 +229,10 @@ class BasicRunner {
       const float* from = query_.col(index(t)).data() + head * rows;
       std::copy(from, from + rows, s.query.col(index((t - begin) * shared)).data());
     }
+    nibble::MatmulOptions options;
+    options.workspace = &s.workspace;
     auto scores = s.scores.topLeftCorner(index(positions), columns);
-    nibble::gemm(floats(cache.keys(layer, head, positions), s.keys), s.query.leftCols(columns), scores);
+    nibble::gemm(floats(cache.keys(layer, head, positions), s.keys), s.query.leftCols(columns), scores, options);
     for (Eigen::Index c = 0; c < columns; ++c) {
       const std::size_t visible = past + begin + static_cast<std::size_t>(c) / shared + 1;
       float* column = s.scores.col(c).data();
@@ -223,7 +240,7 @@ class BasicRunner {
       std::fill(column + visible, column + positions, 0.0F);  // what comes later adds exactly nothing
     }
     auto out = s.out.leftCols(columns);
-    nibble::gemm(floats(cache.values(layer, head, positions), s.values), scores, out);
+    nibble::gemm(floats(cache.values(layer, head, positions), s.values), scores, out, options);
     for (std::size_t t = begin; t < end; ++t) {
       float* to = attended_.col(index(t)).data() + head * rows;
       for (std::size_t q = 0; q < shared; ++q) {
@@ -261,7 +278,7 @@ class BasicRunner {
   Rope rope_;
   nibble::Workspace workspace_;
   nibble::QuantizedActivations quantized_;
-  Matrix x_;         // the residual stream
+  Matrix x_;  // the residual stream
   Matrix normed_;
   Matrix query_;
   Matrix key_;

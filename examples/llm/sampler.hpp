@@ -64,7 +64,8 @@ class Sampler {
     const double wanted = total * static_cast<double>(options_.top_p);
     double mass = 0.0;
     std::size_t kept = 0;
-    while (kept < candidates && (kept == 0 || mass < wanted)) mass += static_cast<double>(weight_of(order_[kept++]));
+    while (kept < candidates && (kept == 0 || mass < wanted))
+      mass += static_cast<double>(weight_of(order_[kept++]));
     total = mass;
     return std::max<std::size_t>(kept, 1);
   }

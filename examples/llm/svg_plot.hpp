@@ -81,17 +81,20 @@ inline std::string scatter_svg(const std::string& title, const std::string& x_ti
   const svg_detail::Axis xs = svg_detail::axis_over(x_low, x_high);
   const svg_detail::Axis ys = svg_detail::axis_over(y_low, y_high);
   const auto px = [&](double x) { return left + (x - xs.low) / (xs.high - xs.low) * (width - left - right); };
-  const auto py = [&](double y) { return height - bottom - (y - ys.low) / (ys.high - ys.low) * (height - top - bottom); };
+  const auto py = [&](double y) {
+    return height - bottom - (y - ys.low) / (ys.high - ys.low) * (height - top - bottom);
+  };
 
-  std::string svg = "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 760 480\" font-family=\"sans-serif\" "
-                    "font-size=\"12\">\n<rect width=\"760\" height=\"480\" fill=\"white\"/>\n";
+  std::string svg =
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 760 480\" font-family=\"sans-serif\" "
+      "font-size=\"12\">\n<rect width=\"760\" height=\"480\" fill=\"white\"/>\n";
   const auto text = [&](double x, double y, const char* attributes, const std::string& what) {
     svg += "<text x=\"" + number(x) + "\" y=\"" + number(y) + "\" " + attributes + ">" + svg_detail::escape(what) +
            "</text>\n";
   };
   const auto line = [&](double x1, double y1, double x2, double y2, const char* colour) {
-    svg += "<line x1=\"" + number(x1) + "\" y1=\"" + number(y1) + "\" x2=\"" + number(x2) + "\" y2=\"" + number(y2) +
-           "\" stroke=\"" + colour + "\"/>\n";
+    svg += "<line x1=\"" + number(x1) + "\" y1=\"" + number(y1) + "\" x2=\"" + number(x2) + "\" y2=\"" +
+           number(y2) + "\" stroke=\"" + colour + "\"/>\n";
   };
   text(width / 2, 26, "text-anchor=\"middle\" font-size=\"15\"", title);
   for (double x = xs.low; x <= xs.high + xs.step / 2; x += xs.step) {

@@ -318,7 +318,9 @@ class Tokenizer {
   }
 
   static unsigned char byte_value(std::string_view text) {  // "<0xAB>"
-    const auto digit = [](char c) { return static_cast<unsigned>(c <= '9' ? c - '0' : (c | 32) - 'a' + 10) & 15U; };
+    const auto digit = [](char c) {
+      return static_cast<unsigned>(c <= '9' ? c - '0' : (c | 32) - 'a' + 10) & 15U;
+    };
     return text.size() == 6 ? static_cast<unsigned char>(digit(text[3]) << 4 | digit(text[4])) : 0;
   }
 
@@ -385,7 +387,8 @@ class StreamDecoder {
   std::string pending_;
 };
 
-inline std::string decode(const Tokenizer& tokenizer, const std::vector<Token>& tokens, bool start_of_text = true) {
+inline std::string decode(const Tokenizer& tokenizer, const std::vector<Token>& tokens,
+                          bool start_of_text = true) {
   StreamDecoder decoder(tokenizer, start_of_text);
   std::string text;
   for (const Token t : tokens) text += decoder.push(t);

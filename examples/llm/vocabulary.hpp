@@ -16,7 +16,14 @@ using Token = std::int32_t;
 inline constexpr Token no_token = -1;
 
 /// Numbers as in GGUF's tokenizer.ggml.token_type.
-enum class TokenType : std::uint8_t { normal = 1, unknown = 2, control = 3, user_defined = 4, unused = 5, byte = 6 };
+enum class TokenType : std::uint8_t {
+  normal = 1,
+  unknown = 2,
+  control = 3,
+  user_defined = 4,
+  unused = 5,
+  byte = 6
+};
 
 /// Byte-level BPE joins `left` and `right` into `result`.
 struct MergeRule {
@@ -30,15 +37,15 @@ struct Vocabulary {
   std::string pre;    // how byte-level BPE cuts text into words before merging
   std::vector<std::string> tokens;
   std::vector<TokenType> types;
-  std::vector<float> scores;             // llama
-  std::vector<MergeRule> merges;         // gpt2: best first
+  std::vector<float> scores;      // llama
+  std::vector<MergeRule> merges;  // gpt2: best first
   Token bos = no_token;
   Token eos = no_token;
-  Token eot = no_token;                  // end of a chat turn, where it is not eos
+  Token eot = no_token;  // end of a chat turn, where it is not eos
   Token unknown = no_token;
   bool add_bos = false;
-  bool add_space_prefix = false;         // llama: text starts as if a space stood before it
-  std::string chat_template;             // Jinja, see chat.hpp
+  bool add_space_prefix = false;  // llama: text starts as if a space stood before it
+  std::string chat_template;      // Jinja, see chat.hpp
 
   std::size_t size() const { return tokens.size(); }
   TokenType type(Token t) const {

@@ -24,7 +24,8 @@ inline WordPattern word_pattern(const std::string& pre) {
   if (pre == "gpt-2" || pre == "default" || pre.empty()) return WordPattern::gpt2;
   if (pre == "llama-bpe" || pre == "llama3" || pre == "llama-v3") return WordPattern::llama3;
   if (pre == "qwen2") return WordPattern::qwen2;
-  throw std::runtime_error("tokenizer.ggml.pre '" + pre + "' is not known (smollm, gpt-2, llama-bpe and qwen2 are)");
+  throw std::runtime_error("tokenizer.ggml.pre '" + pre +
+                           "' is not known (smollm, gpt-2, llama-bpe and qwen2 are)");
 }
 
 /// One piece of text being cut; every member function answers "where does the match that starts at `at` end?", with
@@ -50,7 +51,8 @@ class WordScanner {
     if (c == CharClass::letter) return run(at, c);
     if (c == CharClass::number) return run(at, c, digits);
     const std::size_t next = at + first.bytes;
-    if (!newline(at) && next < text_.size() && class_at(next) == CharClass::letter) return run(next, CharClass::letter);
+    if (!newline(at) && next < text_.size() && class_at(next) == CharClass::letter)
+      return run(next, CharClass::letter);
     const std::size_t body = text_[at] == ' ' ? next : at;
     if (body < text_.size() && class_at(body) == CharClass::other) {
       std::size_t end = run(body, CharClass::other);

@@ -1,0 +1,297 @@
+// The forward pass of examples/llm: the same bits however tokens come in, the values of a naive one, golden texts.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "llm/perplexity.hpp"
+#include "llm/runner.hpp"
+#include "llm/sampler.hpp"
+#include "llm_support.hpp"
+
+namespace {
+
+using llm::Token;
+using nibble::Format;
+using nibble::Symmetry;
+
+llm::RunnerOptions small_options(nibble::ThreadPool* pool = nullptr, std::size_t block = 512) {
+  llm::RunnerOptions o;
+  o.context = 128;
+  o.block = block;
+  o.pool = pool;
+  return o;
+}
+
+/// Logits of every token, a column each; tokens come in pieces of the given sizes, the last size repeated.
+template <class Runner>
+Eigen::MatrixXf all_logits(Runner& runner, const std::vector<Token>& tokens,
+                           const std::vector<std::size_t>& pieces) {
+  const auto vocabulary = static_cast<Eigen::Index>(runner.hparams().vocabulary);
+  Eigen::MatrixXf out(vocabulary, static_cast<Eigen::Index>(tokens.size()));
+  auto cache = runner.new_cache();
+  std::size_t begin = 0;
+  for (std::size_t p = 0; begin < tokens.size(); ++p) {
+    const std::size_t n = std::min(pieces[std::min(p, pieces.size() - 1)], tokens.size() - begin);
+    runner.append(cache, tokens.data() + begin, n, 0, [&](std::size_t i, const auto& logits) {
+      out.middleCols(static_cast<Eigen::Index>(begin + i), logits.cols()) = logits;
+    });
+    begin += n;
+  }
+  return out;
+}
+
+bool same_bits(const Eigen::MatrixXf& a, const Eigen::MatrixXf& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * 4) == 0;
+}
+
+class Invariance : public ::testing::TestWithParam<std::pair<Format, Symmetry>> {};
+
+TEST_P(Invariance, LogitsDoNotDependOnPiecesBlocksOrThreads) {
+  const auto [format, symmetry] = GetParam();
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(format, symmetry));
+  // More than one block of attention queries (32), of logits (64) and an odd rest.
+  const std::vector<Token> tokens = llm_test::some_tokens(103, m.model.hparams.vocabulary);
+  llm::Runner whole(m.model, small_options());
+  const Eigen::MatrixXf expected = all_logits(whole, tokens, {103});
+  ASSERT_TRUE(expected.allFinite());
+  EXPECT_TRUE(same_bits(all_logits(whole, tokens, {1}), expected)) << "one by one";
+  EXPECT_TRUE(same_bits(all_logits(whole, tokens, {40, 1, 33, 2, 5}), expected)) << "in pieces";
+  llm::Runner blocks(m.model, small_options(nullptr, 7));
+  EXPECT_TRUE(same_bits(all_logits(blocks, tokens, {103}), expected)) << "in blocks of 7";
+  for (const int threads : {2, 3}) {
+    nibble::ThreadPool pool(threads);
+    llm::Runner threaded(m.model, small_options(&pool));
+    EXPECT_TRUE(same_bits(all_logits(threaded, tokens, {103}), expected)) << threads << " threads";
+    EXPECT_TRUE(same_bits(all_logits(threaded, tokens, {50, 1}), expected)) << threads << " threads, in pieces";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, Invariance,
+                         ::testing::Values(std::pair{Format::fp32, Symmetry::symmetric},
+                                           std::pair{Format::bf16, Symmetry::symmetric},
+                                           std::pair{Format::int8, Symmetry::symmetric},
+                                           std::pair{Format::int4, Symmetry::symmetric},
+                                           std::pair{Format::int4, Symmetry::float_offset},
+                                           std::pair{Format::nf4, Symmetry::symmetric}));
+
+/// A Llama block by block, token by token, in double, from the textbook.
+Eigen::MatrixXd naive_logits(const llm_test::RandomModel& m, const std::vector<Token>& tokens) {
+  using Matrix = Eigen::MatrixXd;
+  const llm::Hparams& h = m.model.hparams;
+  const auto n = static_cast<Eigen::Index>(tokens.size());
+  const auto weight = [&](const std::string& name) -> Matrix { return m.value(name).cast<double>(); };
+  const auto norm = [&](const Matrix& x, const std::string& name) -> Matrix {
+    Matrix out = x;
+    for (Eigen::Index t = 0; t < n; ++t) {
+      const double rms =
+          std::sqrt(x.col(t).squaredNorm() / static_cast<double>(x.rows()) + static_cast<double>(h.rms_epsilon));
+      out.col(t) = (x.col(t) / rms).cwiseProduct(weight(name).col(0));
+    }
+    return out;
+  };
+  const auto head = static_cast<Eigen::Index>(h.head_size);
+  const auto rope = [&](Matrix& x) {
+    for (Eigen::Index t = 0; t < n; ++t)
+      for (Eigen::Index r = 0; r < x.rows(); r += 2) {
+        const double angle = static_cast<double>(t) *
+                             std::pow(h.rope_base, -static_cast<double>(r % head) / static_cast<double>(head));
+        const double a = x(r, t), b = x(r + 1, t);
+        x(r, t) = a * std::cos(angle) - b * std::sin(angle);
+        x(r + 1, t) = a * std::sin(angle) + b * std::cos(angle);
+      }
+  };
+  Matrix x(static_cast<Eigen::Index>(h.dim), n);
+  for (Eigen::Index t = 0; t < n; ++t)
+    x.col(t) = weight("token_embd.weight").row(tokens[static_cast<std::size_t>(t)]).transpose();
+  for (std::size_t i = 0; i < h.layers; ++i) {
+    const std::string b = "blk." + std::to_string(i) + ".";
+    const Matrix a = norm(x, b + "attn_norm.weight");
+    Matrix q = weight(b + "attn_q.weight") * a, k = weight(b + "attn_k.weight") * a;
+    const Matrix v = weight(b + "attn_v.weight") * a;
+    rope(q);
+    rope(k);
+    Matrix out = Matrix::Zero(q.rows(), n);
+    for (std::size_t hd = 0; hd < h.heads; ++hd) {
+      const auto qr = static_cast<Eigen::Index>(hd) * head;
+      const auto kr = static_cast<Eigen::Index>(hd / (h.heads / h.kv_heads)) * head;
+      for (Eigen::Index t = 0; t < n; ++t) {
+        Eigen::VectorXd s(t + 1);
+        for (Eigen::Index p = 0; p <= t; ++p)
+          s[p] = q.col(t).segment(qr, head).dot(k.col(p).segment(kr, head)) / std::sqrt(static_cast<double>(head));
+        s = (s.array() - s.maxCoeff()).exp();
+        s /= s.sum();
+        for (Eigen::Index p = 0; p <= t; ++p) out.col(t).segment(qr, head) += s[p] * v.col(p).segment(kr, head);
+      }
+    }
+    x += weight(b + "attn_output.weight") * out;
+    const Matrix f = norm(x, b + "ffn_norm.weight");
+    const Matrix gate = weight(b + "ffn_gate.weight") * f, up = weight(b + "ffn_up.weight") * f;
+    const Matrix silu = gate.array() / (1.0 + (-gate.array()).exp());
+    x += weight(b + "ffn_down.weight") * silu.cwiseProduct(up);
+  }
+  return weight("token_embd.weight") * norm(x, "output_norm.weight");
+}
+
+TEST(Runner, EqualsTheTextbook) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::fp32));
+  const std::vector<Token> tokens = llm_test::some_tokens(70, m.model.hparams.vocabulary);
+  llm::Runner runner(m.model, small_options());
+  const Eigen::MatrixXf logits = all_logits(runner, tokens, {70});
+  // Two layers of sums of up to 80 products of numbers about 1: some 100 roundings of 2^-24 each, generously 16 times.
+  EXPECT_LT((logits.cast<double>() - naive_logits(m, tokens)).cwiseAbs().maxCoeff(), 1600.0 * 0x1p-24);
+}
+
+TEST(Runner, HalfPrecisionCacheStaysNear) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::fp32));
+  const std::vector<Token> tokens = llm_test::some_tokens(50, m.model.hparams.vocabulary);
+  llm::Runner full(m.model, small_options());
+  llm::BasicRunner<Eigen::half> half(m.model, small_options());
+  const Eigen::MatrixXf a = all_logits(full, tokens, {50}), b = all_logits(half, tokens, {50});
+  EXPECT_FALSE(same_bits(a, b));
+  // fp16 keeps 11 bits; a factor of 16 for two layers' sums.
+  EXPECT_LT((a - b).cwiseAbs().maxCoeff(), 16.0F * 0x1p-11F);
+  EXPECT_TRUE(same_bits(all_logits(half, tokens, {1}), b));
+}
+
+TEST(Runner, CacheCanBeCutBack) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::int8));
+  const std::vector<Token> tokens = llm_test::some_tokens(20, m.model.hparams.vocabulary);
+  llm::Runner runner(m.model, small_options());
+  auto cache = runner.new_cache();
+  const auto vocabulary = static_cast<Eigen::Index>(m.model.hparams.vocabulary);
+  const Eigen::VectorXf first =
+      Eigen::Map<const Eigen::VectorXf>(runner.append(cache, tokens.data(), 20), vocabulary);
+  cache.truncate(10);
+  EXPECT_EQ(cache.size(), 10U);
+  const Eigen::VectorXf again =
+      Eigen::Map<const Eigen::VectorXf>(runner.append(cache, tokens.data() + 10, 10), vocabulary);
+  EXPECT_TRUE(same_bits(first, again));
+}
+
+TEST(Runner, TwoSequencesDoNotMix) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::int4));
+  const std::vector<Token> a = llm_test::some_tokens(30, 50), b(a.rbegin(), a.rend());
+  llm::Runner runner(m.model, small_options());
+  const Eigen::MatrixXf alone = all_logits(runner, a, {30});
+  auto first = runner.new_cache(), second = runner.new_cache();
+  const auto vocabulary = static_cast<Eigen::Index>(m.model.hparams.vocabulary);
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const Eigen::VectorXf logits = Eigen::Map<const Eigen::VectorXf>(runner.append(first, &a[i], 1), vocabulary);
+    runner.append(second, &b[i], 1);
+    ASSERT_TRUE(same_bits(logits, alone.col(static_cast<Eigen::Index>(i)))) << i;
+  }
+}
+
+TEST(Runner, RefusesWhatDoesNotFit) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::fp32));
+  llm::Runner runner(m.model, small_options());
+  auto cache = runner.new_cache();
+  const std::vector<Token> many(129, 1);
+  EXPECT_THROW(runner.append(cache, many.data(), many.size()), std::runtime_error);
+  EXPECT_EQ(cache.size(), 0U);
+  for (const Token bad : {-1, 101}) EXPECT_THROW(runner.append(cache, &bad, 1), std::runtime_error);
+}
+
+TEST(Sampler, TemperatureZeroTakesTheFirstOfTheLargest) {
+  const std::vector<float> logits = {0.5F, 2.0F, -1.0F, 2.0F};
+  llm::Sampler s({});
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(s.sample(logits.data(), logits.size()), 1);
+}
+
+TEST(Sampler, FollowsTheProbabilities) {
+  const std::vector<float> logits = {std::log(0.5F), std::log(0.3F), std::log(0.15F), std::log(0.05F)};
+  constexpr int n = 20000;
+  for (const float top_p : {1.0F, 0.79F, 0.75F}) {
+    llm::Sampler s({1.0F, top_p, 5});
+    std::vector<int> count(4);
+    for (int i = 0; i < n; ++i) ++count[static_cast<std::size_t>(s.sample(logits.data(), 4))];
+    const bool all = top_p == 1.0F;  // 0.79 and 0.75 both need the two likeliest
+    const double total = all ? 1.0 : 0.8;
+    const std::vector<double> p = {0.5 / total, 0.3 / total, all ? 0.15 : 0.0, all ? 0.05 : 0.0};
+    for (std::size_t i = 0; i < 4; ++i)  // five standard deviations
+      EXPECT_NEAR(count[i], n * p[i], 5.0 * std::sqrt(n * p[i] * (1.0 - p[i])) + 1e-9) << top_p << " " << i;
+  }
+}
+
+TEST(Sampler, SeedsRepeat) {
+  std::vector<float> logits(1000);
+  for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>(i % 17) * 0.1F;
+  const auto draw = [&](std::uint64_t seed) {
+    llm::Sampler s({0.9F, 0.95F, seed});
+    std::vector<Token> out;
+    for (int i = 0; i < 50; ++i) out.push_back(s.sample(logits.data(), logits.size()));
+    return out;
+  };
+  EXPECT_EQ(draw(3), draw(3));
+  EXPECT_NE(draw(3), draw(4));
+}
+
+TEST(Perplexity, EqualsTheDefinition) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::fp32));
+  const std::vector<Token> tokens = llm_test::some_tokens(3 * 32 + 5, m.model.hparams.vocabulary);
+  nibble::ThreadPool pool(2);
+  llm::Runner runner(m.model, small_options());
+  std::size_t calls = 0;
+  const auto result =
+      llm::perplexity(runner, tokens, 32, 9, nullptr, [&](const llm::PerplexityResult&) { ++calls; });
+  EXPECT_EQ(result.windows, 3U);  // as many as the text has
+  EXPECT_EQ(calls, 3U);
+  EXPECT_EQ(result.predictions, 3U * 15U);
+  double loss = 0.0;
+  for (std::size_t w = 0; w < 3; ++w) {
+    const std::vector<Token> window(tokens.begin() + static_cast<std::ptrdiff_t>(32 * w),
+                                    tokens.begin() + static_cast<std::ptrdiff_t>(32 * (w + 1)));
+    const Eigen::MatrixXd logits = naive_logits(m, window);
+    for (Eigen::Index t = 16; t < 31; ++t)
+      loss += std::log(logits.col(t).array().exp().sum()) - logits(window[static_cast<std::size_t>(t) + 1], t);
+  }
+  EXPECT_NEAR(result.negative_log_likelihood, loss, 45 * 2 * 1600.0 * 0x1p-24);
+  llm::Runner threaded(m.model, small_options(&pool));
+  const auto again = llm::perplexity(threaded, tokens, 32, 9, &pool, [](const llm::PerplexityResult&) {});
+  EXPECT_EQ(again.negative_log_likelihood, result.negative_log_likelihood);
+}
+
+TEST(Stories260K, SaysItsGoldenText) {
+  const std::string model = llm_test::data_file("stories260K.gguf");
+  const std::string golden_file = llm_test::data_file("stories260K.greedy.txt");
+  if (model.empty() || golden_file.empty()) GTEST_SKIP() << "NIBBLE_DATA is not set";
+  std::string golden = llm_test::read_file(golden_file);
+  while (!golden.empty() && golden.back() == '\n') golden.pop_back();
+  const auto file = llm::open_model(model);
+  const llm::Tokenizer tokenizer(file->vocabulary());
+  const llm::Model weights = llm::load_model(*file);
+  llm::RunnerOptions options;
+  options.context = 300;
+  llm::Runner runner(weights, options);
+  auto cache = runner.new_cache();
+  llm::StreamDecoder decoder(tokenizer, true);
+  Token token = tokenizer.vocabulary().bos;
+  std::string text;
+  while (text.size() < golden.size() && cache.size() < 300) {
+    token = llm::argmax(runner.append(cache, &token, 1), weights.hparams.vocabulary);
+    text += decoder.push(token);
+  }
+  EXPECT_EQ(text, golden);
+}
+
+TEST(SmolLM2, PerplexityIsTheReferenceOne) {
+  const std::string model = llm_test::model_file(), text = llm_test::data_file("wiki.test.raw");
+  if (model.empty() || text.empty()) GTEST_SKIP() << "NIBBLE_MODEL or NIBBLE_DATA is not set";
+  nibble::ThreadPool pool(2);
+  const auto file = llm::open_model(model);
+  const llm::Tokenizer tokenizer(file->vocabulary());
+  const llm::Model weights = llm::load_model(*file, &pool);
+  const std::vector<Token> tokens = tokenizer.encode(llm_test::read_file(text).substr(0, 20000));
+  llm::RunnerOptions options;
+  options.context = 512;
+  options.pool = &pool;
+  options.activations = nibble::Activations::fp32;
+  llm::Runner runner(weights, options);
+  const auto result = llm::perplexity(runner, tokens, 512, 4, &pool, [](const llm::PerplexityResult&) {});
+  ASSERT_EQ(result.windows, 4U);
+  EXPECT_NEAR(result.perplexity(), 22.744, 22.744 * 0.001);  // an independent NumPy version's
+}
+
+}  // namespace
