@@ -8,7 +8,7 @@ target_compile_options(nibble_development INTERFACE -Wall -Wextra -Wconversion -
 if(NIBBLE_WERROR)
   target_compile_options(nibble_development INTERFACE -Werror)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    # GCC 12's optimizer takes inlined standard containers for overflowing (GCC bugs 105329, 105651) and the undefined
+    # GCC 12's optimizer takes inlined standard containers for overflowing (GCC bug 105329 and its like) and the undefined
     # vectors in its own intrinsics for uninitialized: shown, but no error.
     target_compile_options(nibble_development INTERFACE -Wno-error=stringop-overflow -Wno-error=array-bounds
                                                         -Wno-error=restrict -Wno-error=maybe-uninitialized
