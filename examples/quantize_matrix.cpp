@@ -22,12 +22,14 @@ int main() {
   show<nibble::Quantizer<nibble::Fp16>>("fp16", weights);
   show<nibble::Quantizer<nibble::Int8, Symmetric, PerTensor>>("int8, per tensor", weights);
   show<nibble::Quantizer<nibble::Int8, Symmetric, PerChannel<0>>>("int8, per channel", weights);
-  show<nibble::Quantizer<nibble::Int4, Symmetric, PerGroup<64>, Eigen::half>>("int4, groups of 64, fp16 scales", weights);
+  show<nibble::Quantizer<nibble::Int4, Symmetric, PerGroup<64>, Eigen::half>>("int4, groups of 64, fp16 scales",
+                                                                              weights);
   show<nibble::Quantizer<nibble::Int4, Asymmetric, PerGroup<64>>>("int4, asymmetric, groups of 64", weights);
   show<nibble::Quantizer<nibble::Nf4, Symmetric, PerGroup<64>>>("nf4, groups of 64", weights);
 
   // The same described at run time, as files and tools need it.
-  const nibble::Scheme scheme{nibble::Format::int8, nibble::Symmetry::symmetric, nibble::Granularity::per_channel(0)};
+  const nibble::Scheme scheme{nibble::Format::int8, nibble::Symmetry::symmetric,
+                              nibble::Granularity::per_channel(0)};
   const nibble::QuantizedTensor quantized = nibble::DynamicQuantizer(scheme).quantize(weights);
   using Int8 = nibble::Quantizer<nibble::Int8, Symmetric, PerChannel<0>>;
   const bool same = nibble::dequantize(quantized) == nibble::dequantize(nibble::quantize<Int8>(weights));

@@ -32,8 +32,9 @@ int main() {
     faults += other != bits || y != expected;
   };
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) compare("avx2", probe_avx2, raw_avx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512cd"))
     compare("v4", probe_v4, raw_v4);
   return faults;
 }
