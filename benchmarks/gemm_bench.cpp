@@ -2,8 +2,10 @@
 // tokens and number of threads.
 #include <Eigen/Core>
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <random>
@@ -379,6 +381,16 @@ std::vector<Plan> plans() {
 
 std::string text_of(Shape shape) { return std::to_string(shape.n) + "x" + std::to_string(shape.k); }
 
+/// Bytes that the system could give to this process; 0 where it does not say.
+double available_memory() {
+  std::ifstream file("/proc/meminfo");
+  for (std::string field; file >> field;) {
+    double kilobytes = 0;
+    if (field == "MemAvailable:" && file >> kilobytes) return kilobytes * 1024;
+  }
+  return 0;
+}
+
 // Sweeps: no number of tokens and no shape may fall off a cliff.
 
 std::vector<const Spec*> sweep_specs() {
@@ -491,6 +503,13 @@ EntryReport sweep_shapes() {
 void register_gemm() {
   for (const Plan& plan : plans()) {
     const std::int64_t most = *std::max_element(plan.tokens.begin(), plan.tokens.end());
+    // All formats and the peers' copies are in memory at once: about 30 bytes a weight.
+    const double needed = 30.0 * static_cast<double>(plan.shape.n) * static_cast<double>(plan.shape.k);
+    if (const double available = available_memory(); available > 0 && needed > available) {
+      std::printf("%s is left out: it takes about %.1f GB of memory, %.1f GB are available\n",
+                  text_of(plan.shape).c_str(), needed / 1e9, available / 1e9);
+      continue;
+    }
     for (const std::int64_t m : plan.tokens) {
       for (const int threads : options().threads) {
         // A quick run asks two threads where they matter most.
