@@ -46,6 +46,25 @@ constexpr std::uint32_t deinterleave_nibbles(std::uint32_t unit) noexcept {
   return gather(unit) | gather(unit >> 4) << 16;
 }
 
+/// Moves `bytes` of a row, four at a time, to or from words that lie one unit of all lanes apart. The last word's
+/// missing bytes count as zeros.
+template <bool Forward, class F>
+void move_words(std::uint8_t* row, std::uint8_t* words, std::size_t bytes, F&& convert) noexcept {
+  constexpr std::size_t unit = 4 * panel_width;
+  std::uint32_t word = 0;
+  std::size_t i = 0;
+  for (; i + 4 <= bytes; i += 4, words += unit) {
+    std::memcpy(&word, Forward ? row + i : words, 4);
+    word = convert(word);
+    std::memcpy(Forward ? words : row + i, &word, 4);
+  }
+  if (i == bytes) return;
+  word = 0;
+  std::memcpy(&word, Forward ? row + i : words, Forward ? bytes - i : 4);
+  word = convert(word);
+  std::memcpy(Forward ? words : row + i, &word, Forward ? 4 : bytes - i);
+}
+
 /// Copies one row between its C-order codes and its lane of a panel. `Forward`: row -> panel.
 template <bool Forward>
 void move_row(Format format, std::uint8_t* row, std::uint8_t* panel, std::size_t lane, std::size_t k) noexcept {
@@ -60,38 +79,18 @@ void move_row(Format format, std::uint8_t* row, std::uint8_t* panel, std::size_t
       for (std::size_t i = 0; i < k; ++i) copy(row + 2 * i, panel + (i * panel_width + lane) * 2, 2);
       break;
     case Format::bf16:
-      for (std::size_t i = 0; i < k; ++i) copy(row + 2 * i, panel + ((i / 2 * panel_width + lane) * 2 + i % 2) * 2, 2);
+      for (std::size_t i = 0; i < k; ++i)
+        copy(row + 2 * i, panel + ((i / 2 * panel_width + lane) * 2 + i % 2) * 2, 2);
       break;
     case Format::int8:
       // code + 128 is the code with its top bit flipped, either way.
-      for (std::size_t i = 0; i < k; i += 4) {
-        std::uint8_t* four = panel + (i / 4 * panel_width + lane) * 4;
-        for (std::size_t j = 0; j < 4 && i + j < k; ++j) {
-          if (Forward)
-            four[j] = row[i + j] ^ 0x80U;
-          else
-            row[i + j] = four[j] ^ 0x80U;
-        }
-      }
+      move_words<Forward>(row, panel + lane * 4, k, [](std::uint32_t word) { return word ^ 0x80808080U; });
       break;
     case Format::int4:
-    case Format::nf4: {
-      const std::size_t bytes = ceil_div(k, 2);
-      for (std::size_t i = 0; i < bytes; i += 4) {
-        std::uint8_t* unit = panel + (i / 4 * panel_width + lane) * 4;
-        std::uint32_t codes = 0;
-        if (Forward) {
-          std::memcpy(&codes, row + i, std::min<std::size_t>(4, bytes - i));
-          codes = interleave_nibbles(codes);
-          std::memcpy(unit, &codes, 4);
-        } else {
-          std::memcpy(&codes, unit, 4);
-          codes = deinterleave_nibbles(codes);
-          std::memcpy(row + i, &codes, std::min<std::size_t>(4, bytes - i));
-        }
-      }
+    case Format::nf4:
+      move_words<Forward>(row, panel + lane * 4, ceil_div(k, 2),
+                          Forward ? interleave_nibbles : deinterleave_nibbles);
       break;
-    }
   }
 }
 
@@ -108,8 +107,9 @@ inline std::size_t parameter_of(const Granularity& granularity, std::size_t grou
 
 /// Groups a row has in the quantized matrix (a kernel's may be more where one was split).
 inline std::size_t quantized_groups(const PackedHeader& h) noexcept {
-  return h.scheme.granularity.kind == Granularity::Kind::per_group ? ceil_div(h.cols, h.scheme.granularity.group_size)
-                                                                   : 1;
+  return h.scheme.granularity.kind == Granularity::Kind::per_group
+             ? ceil_div(h.cols, h.scheme.granularity.group_size)
+             : 1;
 }
 
 /// Sum of each row's values, in the order that a product with a token of ones has.
@@ -150,24 +150,27 @@ inline PackedMatrix pack(const QuantizedTensor& q, const PackOptions& options = 
   Buffer zeros(shape.zeros_bytes);
   const std::size_t panel_bytes = detail::panel_bytes_of(header.scheme.format, shape.k_padded);
   const std::size_t quantized_groups = detail::quantized_groups(header);
-  const bool wide = header.scheme.scale_type == ScaleType::bf16;
   std::uint8_t* codes_out = codes.mutable_data();
   std::uint8_t* scales_out = scales.mutable_data();
   std::uint8_t* zeros_out = zeros.mutable_data();
   const std::size_t line_bytes = q.line_bytes();
 
-  // One parameter array into its place; a bfloat16 becomes the float of the same value.
-  const auto place = [&](const Buffer& from, std::uint8_t* to, std::size_t size, bool widen, std::size_t panel,
+  // One row's parameters into their lane; a bfloat16 becomes the float of the same value.
+  const auto place = [&](const Buffer& from, std::uint8_t* to, auto type, auto convert, std::size_t panel,
                          std::size_t lane, std::size_t row) {
-    for (std::size_t g = 0; g < shape.groups; ++g) {
-      const std::size_t source = detail::parameter_of(granularity, quantized_groups, row, g);
-      std::uint8_t* target = to + ((panel * shape.groups + g) * detail::panel_width + lane) * size;
-      if (widen) {
-        const float value = float_from_bf16(detail::scalar::load<std::uint16_t>(from.data(), source));
-        std::memcpy(target, &value, sizeof value);
-      } else {
-        std::memcpy(target, from.data() + source * size, size);
-      }
+    auto* target =
+        reinterpret_cast<decltype(convert(type))*>(to) + panel * shape.groups * detail::panel_width + lane;
+    for (std::size_t g = 0; g < shape.groups; ++g)
+      target[g * detail::panel_width] = convert(detail::scalar::load<decltype(type)>(
+          from.data(), detail::parameter_of(granularity, quantized_groups, row, g)));
+  };
+  const auto same = [](auto value) { return value; };
+  const auto place_scales = [&](const Buffer& from, std::uint8_t* to, std::size_t panel, std::size_t lane,
+                                std::size_t row) {
+    switch (header.scheme.scale_type) {
+      case ScaleType::fp32: place(from, to, 0.0F, same, panel, lane, row); break;
+      case ScaleType::fp16: place(from, to, std::uint16_t{}, same, panel, lane, row); break;
+      case ScaleType::bf16: place(from, to, std::uint16_t{}, float_from_bf16, panel, lane, row); break;
     }
   };
 
@@ -179,10 +182,10 @@ inline PackedMatrix pack(const QuantizedTensor& q, const PackOptions& options = 
       auto* line = const_cast<std::uint8_t*>(q.codes().data()) + row * line_bytes;
       detail::move_row<true>(header.scheme.format, line, codes_out + panel * panel_bytes, lane, header.cols);
       if (shape.params == 0) continue;
-      const std::size_t size = bytes_of(shape.scale_type);
-      place(q.scales(), scales_out, size, wide, panel, lane, row);
-      if (header.scheme.symmetry == Symmetry::asymmetric) place(q.zeros(), zeros_out, 1, false, panel, lane, row);
-      if (header.scheme.symmetry == Symmetry::float_offset) place(q.zeros(), zeros_out, size, wide, panel, lane, row);
+      place_scales(q.scales(), scales_out, panel, lane, row);
+      if (header.scheme.symmetry == Symmetry::asymmetric)
+        place(q.zeros(), zeros_out, std::int8_t{}, same, panel, lane, row);
+      if (header.scheme.symmetry == Symmetry::float_offset) place_scales(q.zeros(), zeros_out, panel, lane, row);
     }
   });
 
