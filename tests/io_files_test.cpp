@@ -1,6 +1,8 @@
 // Mapped files and atomic writes: what the operating system refuses, and what a kill or a full disk leaves behind.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -197,6 +199,32 @@ TEST(AtomicFile, ADiskThatFillsLeavesTheOldFile) {
     EXPECT_EQ(read_file(path), text("old"));
     EXPECT_EQ(folder.count(), 1U);
   }
+}
+
+// The real thing: a tmpfs of 64 KiB in a mount namespace of its own, where the system lets us have one.
+TEST(AtomicFile, AFullTmpfsLeavesTheOldFile) {
+  const TempFolder folder;
+  const std::string path = folder.file("out");
+  constexpr int no_mount = 9, refused = 7;
+  const int status = in_child([&] {
+    if (::unshare(CLONE_NEWNS) != 0 && ::unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) ::_exit(no_mount);
+    if (::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) ::_exit(no_mount);
+    if (::mount("none", folder.path().c_str(), "tmpfs", 0, "size=65536") != 0) ::_exit(no_mount);
+    write_file(path, text("old"));
+    bool named = false;
+    try {
+      AtomicFile file(path);
+      const Bytes big(1000000);
+      file.write(big.data(), big.size());
+      file.commit();
+    } catch (const IoError& error) {
+      named = std::string(error.what()).find("No space left") != std::string::npos;
+    }
+    ::_exit(named && read_file(path) == text("old") && folder.count() == 1 ? refused : 1);
+  });
+  ASSERT_TRUE(WIFEXITED(status)) << status;
+  if (WEXITSTATUS(status) == no_mount) GTEST_SKIP() << "no tmpfs can be mounted here";
+  EXPECT_EQ(WEXITSTATUS(status), refused);
 }
 
 TEST(AtomicFile, AFailedWriteIsNotForgotten) {

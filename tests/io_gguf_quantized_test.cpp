@@ -87,6 +87,14 @@ TEST(GgufQuantized, EveryTypeKeepsItsValues) {
     EXPECT_EQ(to_quantized(cube).shape(), (nibble::Shape{2, 3, 256}));
     expect_values(to_quantized(cube), cube);
   }
+  for (const GgufType type : {GgufType::f32, GgufType::q4_1, GgufType::q6_k}) {
+    EXPECT_EQ(to_quantized(random_tensor(type, 0, 5)).shape(), (nibble::Shape{5, 0}));
+    EXPECT_TRUE(to_quantized(random_tensor(type, 256, 0)).empty());
+  }
+  GgufTensor scalar = random_tensor(GgufType::f32, 1, 1);
+  scalar.rank = 0;
+  EXPECT_EQ(to_quantized(scalar).rank(), 0U);
+  expect_values(to_quantized(scalar), scalar);
   expect_error<Unsupported>([] { nibble::gguf_scheme(GgufType::q2_k); }, {"Q2_K"});
   expect_error<Unsupported>([] { nibble::gguf_scheme(GgufType{99}); }, {"99"});
 }
