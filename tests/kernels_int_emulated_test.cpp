@@ -41,8 +41,7 @@ TEST(KernelsIntEmulated, Avx512EqualsScalarOverShapes) {
     if (testing::Test::HasFailure()) return;
     const Problem problem(shape, static_cast<std::uint32_t>(checked));
     const bool eight = shape.format == Format::int8;
-    const auto kernel =
-        eight ? &nibble::detail::emulated512::gemm_w8a8 : &nibble::detail::emulated512::gemm_w4a8;
+    const auto kernel = eight ? &nibble::detail::emulated512::gemm_w8a8 : &nibble::detail::emulated512::gemm_w4a8;
     const auto oracle = eight ? nibble::detail::scalar::table.gemm_w8a8 : nibble::detail::scalar::table.gemm_w4a8;
     ASSERT_TRUE(problem.run(kernel) == problem.run(oracle)) << shape.name();
     ++checked;

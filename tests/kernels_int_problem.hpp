@@ -54,17 +54,17 @@ struct Shape {
   nibble::Symmetry symmetry = nibble::Symmetry::symmetric;
   nibble::ScaleType scale_type = nibble::ScaleType::fp32;
   std::size_t rows = 1;
-  std::size_t panels = 1;       // of the matrix
+  std::size_t panels = 1;  // of the matrix
   std::size_t k = 1;
   std::size_t group_size = 0;   // 0: one group
   std::size_t panel_begin = 0;  // the product is of [panel_begin, panels)
   bool x_scales = false;
-  bool shared_scale = false;    // scale_group_stride 0
+  bool shared_scale = false;  // scale_group_stride 0
   bool raw = false;
   Values values = Values::random;
-  std::size_t x_pad = 0;        // x_stride - k_padded
-  std::size_t acc_pad = 0;      // acc_stride - 16 * panels
-  std::size_t gap = 0;          // bytes between x's end and its guard page: moves x off its alignment
+  std::size_t x_pad = 0;    // x_stride - k_padded
+  std::size_t acc_pad = 0;  // acc_stride - 16 * panels
+  std::size_t gap = 0;      // bytes between x's end and its guard page: moves x off its alignment
 
   std::string name() const {
     return std::string(nibble::name_of(format)) + " " + std::string(nibble::name_of(symmetry)) + " " +
@@ -122,8 +122,10 @@ class Problem {
     a.x_scales = shape_.x_scales ? reinterpret_cast<const float*>(x_scales_.data()) : nullptr;
     a.rows = shape_.rows;
     a.acc_stride = acc_stride();
-    if (shape_.raw) a.raw = static_cast<std::int32_t*>(out);
-    else a.acc = static_cast<float*>(out);
+    if (shape_.raw)
+      a.raw = static_cast<std::int32_t*>(out);
+    else
+      a.acc = static_cast<float*>(out);
     return a;
   }
 
@@ -170,7 +172,8 @@ class Problem {
             offset = nibble::detail::rounded(offset * x_scale(r, g));
           }
           acc = std::fma(scale, static_cast<float>(d), acc);
-          if (shape_.symmetry == nibble::Symmetry::float_offset) acc = std::fma(offset, static_cast<float>(s), acc);
+          if (shape_.symmetry == nibble::Symmetry::float_offset)
+            acc = std::fma(offset, static_cast<float>(s), acc);
         }
         if (!shape_.raw) std::memcpy(result->data() + at, &acc, 4);
       }
@@ -199,7 +202,9 @@ class Problem {
     const bool four = shape_.format == nibble::Format::int4;
     const int q_lo = four ? 0 : -128;
     const int q_hi = four ? 15 : 127;
-    const auto draw = [&](int lo, int hi) { return lo + static_cast<int>(rng() % static_cast<unsigned>(hi - lo + 1)); };
+    const auto draw = [&](int lo, int hi) {
+      return lo + static_cast<int>(rng() % static_cast<unsigned>(hi - lo + 1));
+    };
 
     q_.resize(channels_ * shape_.k);
     for (std::size_t i = 0; i < q_.size(); ++i) {
@@ -328,15 +333,15 @@ void for_each_shape(const F& check) {
   for (std::size_t rows = 1; rows <= 9; ++rows)
     for (std::size_t panels = 1; panels <= 5; ++panels)
       for (std::size_t k = 1; k <= 95; k += 1 + (rows * panels + k) % 5) next(rows, panels, k);
-  for (std::size_t rows : {10, 11, 13, 15, 16, 17, 23, 31, 32, 33, 63, 64, 65, 67, 130})
-    for (std::size_t k : {7, 32, 61, 97, 172}) next(rows, 1 + rows % 4, k);
-  for (std::size_t panels : {7, 8, 9, 12, 13, 17})
-    for (std::size_t rows : {1, 2, 3, 4, 5, 7}) next(rows, panels, 101);
+  for (std::size_t rows : {10U, 11U, 13U, 15U, 16U, 17U, 23U, 31U, 32U, 33U, 63U, 64U, 65U, 67U, 130U})
+    for (std::size_t k : {7U, 32U, 61U, 97U, 172U}) next(rows, 1 + rows % 4, k);
+  for (std::size_t panels : {7U, 8U, 9U, 12U, 13U, 17U})
+    for (std::size_t rows : {1U, 2U, 3U, 4U, 5U, 7U}) next(rows, panels, 101);
 
   // Every variant at sizes that take each loop: groups that end within and between the kernels' steps.
   for_each_variant(Shape{}, [&](Shape s) {
-    for (std::size_t group : {0, 16, 32, 48, 64, 80, 128, 160})
-      for (std::size_t rows : {1, 2, 5, 9}) {
+    for (std::size_t group : {0U, 16U, 32U, 48U, 64U, 80U, 128U, 160U})
+      for (std::size_t rows : {1U, 2U, 5U, 9U}) {
         s.rows = rows;
         s.panels = rows == 9 ? 3 : 5;
         s.k = 331;
@@ -357,7 +362,7 @@ void for_each_shape(const F& check) {
   // Raw int32.
   for (nibble::Format format : {nibble::Format::int8, nibble::Format::int4})
     for (nibble::Symmetry symmetry : {nibble::Symmetry::symmetric, nibble::Symmetry::asymmetric})
-      for (std::size_t rows : {1, 2, 3, 4, 7, 12, 65}) {
+      for (std::size_t rows : {1U, 2U, 3U, 4U, 7U, 12U, 65U}) {
         Shape s;
         s.format = format;
         s.symmetry = symmetry;
@@ -372,7 +377,7 @@ void for_each_shape(const F& check) {
   // Extremes, also at lengths where an accumulator of 16 bits would have overflowed long ago.
   for_each_variant(Shape{}, [&](Shape s) {
     for (Values values : {Values::lowest, Values::highest_weights, Values::alternating})
-      for (std::size_t rows : {1, 3, 7})
+      for (std::size_t rows : {1U, 3U, 7U})
         for (std::size_t group : {std::size_t{0}, std::size_t{256}}) {
           s.values = values;
           s.rows = rows;

@@ -1,5 +1,5 @@
-// The integer kernels of every ISA that this machine runs: bit for bit the scalar table's results, and those bit for
-// bit an int64 reference's. Operands end at guard pages.
+// The integer kernels of every ISA that this machine runs: bit for bit the scalar table's results, and those bit
+// for bit an int64 reference's. Operands end at guard pages.
 #include "nibble/core/abi.hpp"
 
 #include <gtest/gtest.h>
@@ -64,7 +64,7 @@ TEST_P(KernelsInt, EqualsScalarOverShapes) {
 // Every zero point of both formats: the 16 lanes of 16 panels hold 256 of them.
 TEST_P(KernelsInt, EveryZeroPoint) {
   for (Format format : {Format::int8, Format::int4})
-    for (std::size_t rows : {1, 2, 5}) {
+    for (std::size_t rows : {1U, 2U, 5U}) {
       Shape shape;
       shape.format = format;
       shape.symmetry = Symmetry::asymmetric;
@@ -75,7 +75,8 @@ TEST_P(KernelsInt, EveryZeroPoint) {
       const Problem problem(shape);
       std::vector<std::int8_t> zeros(256);
       for (std::size_t i = 0; i < zeros.size(); ++i)
-        zeros[i] = static_cast<std::int8_t>(format == Format::int8 ? static_cast<int>(i) - 128 : static_cast<int>(i) % 16);
+        zeros[i] = static_cast<std::int8_t>(format == Format::int8 ? static_cast<int>(i) - 128
+                                                                   : static_cast<int>(i) % 16);
       const auto run = [&](Kernel kernel) {
         std::vector<std::int32_t> out(rows * problem.acc_stride());
         IntGemmArgs args = problem.args(out.data());
@@ -93,7 +94,7 @@ TEST_P(KernelsInt, LongestGroup) {
   for (Format format : {Format::int8, Format::int4})
     for (Symmetry symmetry : {Symmetry::symmetric, Symmetry::asymmetric})
       for (Values values : {Values::lowest, Values::highest_weights, Values::alternating})
-        for (std::size_t rows : {1, 3}) {
+        for (std::size_t rows : {1U, 3U}) {
           Shape shape;
           shape.format = format;
           shape.symmetry = symmetry;
@@ -124,7 +125,9 @@ TEST_P(KernelsInt, NothingToDo) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Isas, KernelsInt, testing::Values(Isa::avx2, Isa::avx512vnni),
-                         [](const testing::TestParamInfo<Isa>& isa) { return std::string(nibble::name_of(isa.param)); });
+                         [](const testing::TestParamInfo<Isa>& isa) {
+                           return std::string(nibble::name_of(isa.param));
+                         });
 
 // A table without an entry would make the comparisons above meaningless.
 TEST(KernelsIntTables, AllEntriesArePresent) {

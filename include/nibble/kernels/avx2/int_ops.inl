@@ -14,7 +14,9 @@ NIBBLE_ALWAYS_INLINE Int load_int(const void* p) noexcept {
 /// The same, once: GCC 12 would load again for every use.
 NIBBLE_ALWAYS_INLINE Int load_codes(const std::uint8_t* p) noexcept {
   Int v;
-  asm("{vmovdqu %1, %0|vmovdqu %0, %1}" : "=x"(v) : "m"(*static_cast<const char(*)[32]>(static_cast<const void*>(p))));
+  asm("{vmovdqu %1, %0|vmovdqu %0, %1}"
+      : "=x"(v)
+      : "m"(*static_cast<const char(*)[32]>(static_cast<const void*>(p))));
   return v;
 }
 NIBBLE_ALWAYS_INLINE void store_int(void* p, Int v) noexcept { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -40,8 +42,12 @@ NIBBLE_ALWAYS_INLINE Int widen_s8_s16(const std::int8_t* p) noexcept {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(p))));
 }
 /// The low (high) eight bytes of each half as uint16.
-NIBBLE_ALWAYS_INLINE Int widen_low(Int bytes) noexcept { return _mm256_unpacklo_epi8(bytes, _mm256_setzero_si256()); }
-NIBBLE_ALWAYS_INLINE Int widen_high(Int bytes) noexcept { return _mm256_unpackhi_epi8(bytes, _mm256_setzero_si256()); }
+NIBBLE_ALWAYS_INLINE Int widen_low(Int bytes) noexcept {
+  return _mm256_unpacklo_epi8(bytes, _mm256_setzero_si256());
+}
+NIBBLE_ALWAYS_INLINE Int widen_high(Int bytes) noexcept {
+  return _mm256_unpackhi_epi8(bytes, _mm256_setzero_si256());
+}
 
 NIBBLE_ALWAYS_INLINE Int add(Int a, Int b) noexcept { return _mm256_add_epi32(a, b); }
 NIBBLE_ALWAYS_INLINE Int sub(Int a, Int b) noexcept { return _mm256_sub_epi32(a, b); }
@@ -103,6 +109,8 @@ NIBBLE_ALWAYS_INLINE Float to_float(Int v) noexcept { return _mm256_cvtepi32_ps(
 NIBBLE_ALWAYS_INLINE Float mul(Float a, Float b) noexcept { return _mm256_mul_ps(a, b); }
 /// a * b + c, rounded once.
 NIBBLE_ALWAYS_INLINE Float fma(Float a, Float b, Float c) noexcept { return _mm256_fmadd_ps(a, b, c); }
-NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 }  // namespace int_ops

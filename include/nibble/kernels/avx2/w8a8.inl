@@ -1,4 +1,13 @@
 // INT8 weights x INT8 activations on AVX2.
+//
+// Exact for every code: both sides widened to int16, pmaddwd. A block of 256 k of x (up to 32 rows) and of one
+// panel's weights is widened into L1, [k/2][16][2], and passed over in tiles of up to 6 rows x 16 channels: 12
+// accumulators, 2 weights, a broadcast and a product fill the 16 registers. Up to 4 rows the weights are widened
+// in registers instead. Port arithmetic for 6 rows x 2 k: 12 pmaddwd on two pipes, 12 paddd on the rest, 8 loads
+// on two: 6 cycles, the pmaddwd loop itself; widening and ends of blocks cost the rest. Measured, Zen 5 (EPYC, 3.7
+// GHz), one core, 2026-11-23, N = K = 4096, the pmaddwd loop 212 GOP/s: one group: M = 512 174-188, 64 178-188, 16
+// 181-187, 8 167, 4 162, 1 103-128 (52-64 GB/s, L3); groups of 32: M = 512 149, 1 83. M = 1 from DRAM (16384 x
+// 8192): 40 GB/s, where a plain loop with prefetch reads 37.
 
 namespace w8a8 {
 
@@ -8,7 +17,7 @@ using int_params::Codes8;
 
 inline constexpr std::size_t row_block = 32;
 inline constexpr std::size_t panel_block = 2;
-inline constexpr std::size_t k_block = 256;   // k of a panel that lie widened in L1
+inline constexpr std::size_t k_block = 256;    // k of a panel that lie widened in L1
 inline constexpr std::size_t direct_rows = 4;  // up to here, weights are widened in registers
 inline constexpr std::size_t tile_rows = 6;
 inline constexpr std::size_t prefetch_bytes = 4096;
@@ -29,6 +38,33 @@ struct Call {
   bool fused;  // nothing but acc = fma(scale, D, acc) at a group's end
   Int shift;
 };
+
+/// k in [begin, end) of one panel, of which `first_group` is the first.
+struct Block {
+  std::size_t begin = 0;
+  std::size_t end = 0;
+  std::size_t first_group = 0;
+  std::size_t param = 0;                // the panel's first lane in scales and zeros
+  const std::uint8_t* codes = nullptr;  // from begin on
+  const std::int16_t* widened = nullptr;
+};
+
+/// The group's part of a block that starts at k.
+NIBBLE_ALWAYS_INLINE Segment segment_at(const IntGemmArgs& a, const Block& block, std::size_t g,
+                                        std::size_t k) noexcept {
+  const std::size_t group_begin = g * a.w.group_size;
+  const std::size_t group_end =
+      group_begin + a.w.group_size < a.w.k_padded ? group_begin + a.w.group_size : a.w.k_padded;
+  const std::size_t stop = group_end < block.end ? group_end : block.end;
+  Segment segment;
+  segment.group = g;
+  segment.begin = k - block.begin;
+  segment.size = stop - k;
+  segment.param = block.param + g * a.scale_group_stride;
+  segment.first = k == group_begin;
+  segment.last = stop == group_end;
+  return segment;
+}
 
 /// What D of 8 channels starts from.
 NIBBLE_ALWAYS_INLINE Int start(const Call& call, const Segment& segment, std::size_t row, int half,
@@ -64,77 +100,85 @@ NIBBLE_ALWAYS_INLINE void end(const Call& call, const Segment& segment, std::siz
     const Float offset = int_params::load_offset(call.a.w, at);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
-      int_ops::store_float(acc + 16 * r, int_params::finish(call.a, scale, offset, d[r][h],
-                                                            (row + static_cast<std::size_t>(r)) * call.a.sums_stride +
-                                                                segment.group,
-                                                            int_ops::load_float(acc + 16 * r)));
+      int_ops::store_float(
+          acc + 16 * r,
+          int_params::finish(call.a, scale, offset, d[r][h],
+                             (row + static_cast<std::size_t>(r)) * call.a.sums_stride + segment.group,
+                             int_ops::load_float(acc + 16 * r)));
   }
 }
 
-/// Rows x one panel over one segment, weights widened to [k/2][16][2] int16.
+/// Rows x one panel over a block, weights widened to [k/2][16][2] int16.
 template <int Rows>
-inline void tile(const Call& call, std::size_t row, const std::int16_t* widened, const Segment& segment,
-                 const std::int16_t* x, std::int32_t* partial, float* acc) noexcept {
-  Int d[Rows][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h)
-      d[r][h] = start(call, segment, row + static_cast<std::size_t>(r), h, partial + 16 * r + 8 * h);
-  }
-  widened += segment.begin * 16;
-  x += segment.begin;
-  for (std::size_t k = 0; k < segment.size; k += 2, widened += 32, x += 2) {
-    const Int w0 = int_ops::load_int(widened);
-    const Int w1 = int_ops::load_int(widened + 16);
+inline void tile(const Call& call, const Block& block, std::size_t row, const std::int16_t* x,
+                 std::int32_t* partial, float* acc) noexcept {
+  const std::int16_t* w = block.widened;
+  for (std::size_t k = block.begin, g = block.first_group; k < block.end; ++g) {
+    const Segment segment = segment_at(call.a, block, g, k);
+    Int d[Rows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      Int b = int_ops::broadcast4(x + static_cast<std::size_t>(r) * k_block);
-      int_ops::add_dot32(d[r][0], w0, b);
-      int_ops::add_dot32_last(d[r][1], w1, b);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h)
+        d[r][h] = start(call, segment, row + static_cast<std::size_t>(r), h, partial + 16 * r + 8 * h);
     }
+    for (std::size_t i = 0; i < segment.size; i += 2, w += 32, x += 2) {
+      const Int w0 = int_ops::load_int(w);
+      const Int w1 = int_ops::load_int(w + 16);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        Int b = int_ops::broadcast4(x + static_cast<std::size_t>(r) * k_block);
+        int_ops::add_dot32(d[r][0], w0, b);
+        int_ops::add_dot32_last(d[r][1], w1, b);
+      }
+    }
+    end<Rows>(call, segment, row, d, partial, acc);
+    k += segment.size;
   }
-  end<Rows>(call, segment, row, d, partial, acc);
 }
 
 /// The same with weights that are widened on the way: for so few rows that nothing is gained by keeping them.
 template <int Rows>
-inline void tile_direct(const Call& call, std::size_t row, const std::uint8_t* codes, const Segment& segment,
-                        const std::int16_t* x, std::int32_t* partial, float* acc) noexcept {
-  Int d[Rows][4];  // channels {0, 1 | 4, 5}, {2, 3 | 6, 7} of both halves, sums of even and odd pairs of k
+inline void tile_direct(const Call& call, const Block& block, std::size_t row, const std::int16_t* x,
+                        std::int32_t* partial, float* acc) noexcept {
+  const std::uint8_t* codes = block.codes;
+  for (std::size_t k = block.begin, g = block.first_group; k < block.end; ++g) {
+    const Segment segment = segment_at(call.a, block, g, k);
+    Int d[Rows][4];  // channels {0, 1 | 4, 5}, {2, 3 | 6, 7} of both halves, sums of even and odd pairs of k
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) d[r][j] = int_ops::zero_int();
-  }
-  codes += segment.begin * 16;
-  x += segment.begin;
-  for (std::size_t k = 0; k < segment.size; k += 4, codes += 64, x += 4) {
-    int_ops::prefetch(codes + prefetch_bytes);
-    Int b[Rows];
+      for (int j = 0; j < 4; ++j) d[r][j] = int_ops::zero_int();
+    }
+    for (std::size_t i = 0; i < segment.size; i += 4, codes += 64, x += 4) {
+      int_ops::prefetch(codes + prefetch_bytes);
+      Int b[Rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) b[r] = int_ops::broadcast8(x + static_cast<std::size_t>(r) * k_block);
+      for (int r = 0; r < Rows; ++r) b[r] = int_ops::broadcast8(x + static_cast<std::size_t>(r) * k_block);
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const Int bytes = int_ops::load_int(codes + 32 * h);
-      const Int w0 = int_ops::widen_low(bytes);
-      const Int w1 = int_ops::widen_high(bytes);
+      for (int h = 0; h < 2; ++h) {
+        const Int bytes = int_ops::load_int(codes + 32 * h);
+        const Int w0 = int_ops::widen_low(bytes);
+        const Int w1 = int_ops::widen_high(bytes);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        int_ops::add_dot32(d[r][2 * h], w0, b[r]);
-        int_ops::add_dot32(d[r][2 * h + 1], w1, b[r]);
+        for (int r = 0; r < Rows; ++r) {
+          int_ops::add_dot32(d[r][2 * h], w0, b[r]);
+          int_ops::add_dot32(d[r][2 * h + 1], w1, b[r]);
+        }
       }
     }
-  }
-  Int sums[Rows][2];
+    Int sums[Rows][2];
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h)
-      sums[r][h] = int_ops::add(int_ops::fold(d[r][2 * h], d[r][2 * h + 1]),
-                                start(call, segment, row + static_cast<std::size_t>(r), h, partial + 16 * r + 8 * h));
+      for (int h = 0; h < 2; ++h)
+        sums[r][h] =
+            int_ops::add(int_ops::fold(d[r][2 * h], d[r][2 * h + 1]),
+                         start(call, segment, row + static_cast<std::size_t>(r), h, partial + 16 * r + 8 * h));
+    }
+    end<Rows>(call, segment, row, sums, partial, acc);
+    k += segment.size;
   }
-  end<Rows>(call, segment, row, sums, partial, acc);
 }
 
 /// k of one panel, a multiple of 8, to int16 in the order that `tile` reads.
@@ -152,33 +196,35 @@ inline void widen(const std::uint8_t* codes, std::size_t k, std::int16_t* out) n
   }
 }
 
-/// All rows over one segment, in tiles of nearly equal height.
-inline void rows_pass(const Call& call, std::size_t row0, std::size_t rows, const std::uint8_t* codes,
-                      const std::int16_t* widened, const Segment& segment, const std::int16_t* x,
-                      std::int32_t* partial, float* acc) noexcept {
-  const std::size_t most = rows <= direct_rows ? 2 : tile_rows;
+/// All rows over one block, in tiles of nearly equal height.
+inline void rows_pass(const Call& call, const Block& block, std::size_t row0, std::size_t rows,
+                      const std::int16_t* x, std::int32_t* partial, float* acc) noexcept {
+  const bool direct = rows <= direct_rows;
+  const std::size_t most = direct ? 2 : tile_rows;
   std::size_t tiles = (rows + most - 1) / most;
   for (std::size_t r = 0; r < rows; --tiles) {
     const std::size_t height = (rows - r + tiles - 1) / tiles;
     const std::int16_t* xr = x + r * k_block;
     std::int32_t* part = partial + 16 * r;
     float* to = acc + 16 * r;
-    if (rows <= direct_rows) {
-      if (height == 2) tile_direct<2>(call, row0 + r, codes, segment, xr, part, to);
-      else tile_direct<1>(call, row0 + r, codes, segment, xr, part, to);
+    if (direct) {
+      if (height == 2)
+        tile_direct<2>(call, block, row0 + r, xr, part, to);
+      else
+        tile_direct<1>(call, block, row0 + r, xr, part, to);
     } else {
       switch (height) {
-        case 6: tile<6>(call, row0 + r, widened, segment, xr, part, to); break;
-        case 5: tile<5>(call, row0 + r, widened, segment, xr, part, to); break;
-        case 4: tile<4>(call, row0 + r, widened, segment, xr, part, to); break;
-        default: tile<3>(call, row0 + r, widened, segment, xr, part, to); break;
+        case 6: tile<6>(call, block, row0 + r, xr, part, to); break;
+        case 5: tile<5>(call, block, row0 + r, xr, part, to); break;
+        case 4: tile<4>(call, block, row0 + r, xr, part, to); break;
+        default: tile<3>(call, block, row0 + r, xr, part, to); break;
       }
     }
     r += height;
   }
 }
 
-inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
+inline void all_panels(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
   alignas(32) std::int16_t x16[row_block * k_block];
   alignas(32) std::int16_t widened[k_block * 16];
   alignas(32) std::int32_t partial[panel_block * row_block * 16];
@@ -191,7 +237,8 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
 
   for (std::size_t p0 = a.panel_begin; p0 < a.panel_end; p0 += panel_block) {
     const std::size_t p1 = p0 + panel_block < a.panel_end ? p0 + panel_block : a.panel_end;
-    for (std::size_t i = 0; i < panel_block * rows * 2; ++i) int_ops::store_float(acc + 8 * i, int_ops::zero_float());
+    for (std::size_t i = 0; i < panel_block * rows * 2; ++i)
+      int_ops::store_float(acc + 8 * i, int_ops::zero_float());
     std::size_t g0 = 0;  // the block's first group
     for (std::size_t k0 = 0; k0 < a.w.k_padded;) {
       const std::size_t limit = group <= k_block ? a.w.k_padded : (g0 + 1) * group;
@@ -206,22 +253,9 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
       }
       for (std::size_t p = p0; p < p1; ++p) {
         const int_params::Panel panel = int_params::panel_at(a, p);
-        const std::uint8_t* codes = panel.codes + k0 / k_unit * Codes8::unit_bytes;
-        if (rows > direct_rows) widen(codes, k1 - k0, widened);
-        for (std::size_t k = k0, g = g0; k < k1; ++g) {
-          const std::size_t group_end = (g + 1) * group < a.w.k_padded ? (g + 1) * group : a.w.k_padded;
-          const std::size_t stop = group_end < k1 ? group_end : k1;
-          Segment segment;
-          segment.group = g;
-          segment.begin = k - k0;
-          segment.size = stop - k;
-          segment.param = panel.param + g * a.scale_group_stride;
-          segment.first = k == g * group;
-          segment.last = stop == group_end;
-          rows_pass(call, row0, rows, codes, widened, segment, x16, partial + (p - p0) * rows * 16,
-                    acc + (p - p0) * rows * 16);
-          k = stop;
-        }
+        const Block block{k0, k1, g0, panel.param, panel.codes + k0 / k_unit * Codes8::unit_bytes, widened};
+        if (rows > direct_rows) widen(block.codes, k1 - k0, widened);
+        rows_pass(call, block, row0, rows, x16, partial + (p - p0) * rows * 16, acc + (p - p0) * rows * 16);
       }
       k0 = k1;
       g0 = k1 / group;
@@ -231,8 +265,10 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
         const std::size_t out = (row0 + r) * a.acc_stride + (p - a.panel_begin) * panel_width;
         const std::size_t from = ((p - p0) * rows + r) * 16;
         for (std::size_t h = 0; h < 16; h += 8) {
-          if (a.raw != nullptr) int_ops::store_int(a.raw + out + h, int_ops::load_int(partial + from + h));
-          else int_ops::store_float(a.acc + out + h, int_ops::load_float(acc + from + h));
+          if (a.raw != nullptr)
+            int_ops::store_int(a.raw + out + h, int_ops::load_int(partial + from + h));
+          else
+            int_ops::store_float(a.acc + out + h, int_ops::load_float(acc + from + h));
         }
       }
   }
@@ -242,5 +278,5 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
 
 inline void gemm_w8a8(const IntGemmArgs& a) noexcept {
   for (std::size_t row0 = 0; row0 < a.rows; row0 += w8a8::row_block)
-    w8a8::block(a, row0, a.rows - row0 < w8a8::row_block ? a.rows - row0 : w8a8::row_block);
+    w8a8::all_panels(a, row0, a.rows - row0 < w8a8::row_block ? a.rows - row0 : w8a8::row_block);
 }

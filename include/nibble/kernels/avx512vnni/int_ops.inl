@@ -1,5 +1,6 @@
-// The operations that the integer kernels of this ISA are written in. tests/emulation/avx512_int_ops.inl has the same
-// ones in plain C++, so that the kernels are tested where there is no AVX-512. Included by table.hpp, in its region.
+// The operations that the integer kernels of this ISA are written in. tests/emulation/avx512_int_ops.inl has the
+// same ones in plain C++, so that the kernels are tested where there is no AVX-512. Included by table.hpp, in its
+// region.
 
 namespace int_ops {
 
@@ -12,7 +13,9 @@ NIBBLE_ALWAYS_INLINE Int load_int(const void* p) noexcept { return _mm512_loadu_
 /// The same, once: GCC 12 would load again for every use.
 NIBBLE_ALWAYS_INLINE Int load_codes(const std::uint8_t* p) noexcept {
   Int v;
-  asm("{vmovdqu64 %1, %0|vmovdqu64 %0, %1}" : "=v"(v) : "m"(*static_cast<const char(*)[64]>(static_cast<const void*>(p))));
+  asm("{vmovdqu64 %1, %0|vmovdqu64 %0, %1}"
+      : "=v"(v)
+      : "m"(*static_cast<const char(*)[64]>(static_cast<const void*>(p))));
   return v;
 }
 NIBBLE_ALWAYS_INLINE void store_int(void* p, Int v) noexcept { _mm512_storeu_si512(p, v); }
@@ -55,6 +58,8 @@ NIBBLE_ALWAYS_INLINE Float to_float(Int v) noexcept { return _mm512_cvtepi32_ps(
 NIBBLE_ALWAYS_INLINE Float mul(Float a, Float b) noexcept { return _mm512_mul_ps(a, b); }
 /// a * b + c, rounded once.
 NIBBLE_ALWAYS_INLINE Float fma(Float a, Float b, Float c) noexcept { return _mm512_fmadd_ps(a, b, c); }
-NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 }  // namespace int_ops

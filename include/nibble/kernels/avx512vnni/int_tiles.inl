@@ -1,13 +1,13 @@
-// The two loops that both integer kernels of this ISA are made of, over int_ops. `Weights` says how codes become the
-// unsigned operand of a dot product (w8a8.inl, w4a8.inl). Included by table.hpp, in its region.
+// The two loops that both integer kernels of this ISA are made of, over int_ops. `Weights` says how codes become
+// the unsigned operand of a dot product (w8a8.inl, w4a8.inl). Included by table.hpp, in its region.
 //
-// Weights stationary (rows > stream_rows): 32 channels x 32 k of weights sit in 16 registers while all rows (up to 64)
-// pass: a broadcast of 4 k of x feeds two dot products. What a group has summed so far lives in L1, as does the fp32
-// result. Per row and 32 k: 16 dpbusd, and at a group's end 2 FMA, on the two multiplier pipes; 8 broadcasts, 2 loads
-// and 2 stores beside them.
+// Weights stationary (int8, more than 4 rows): 32 channels x 32 k of weights sit in 16 registers while all rows
+// (up to 64) pass: a broadcast of 4 k of x feeds two dot products. What a group has summed so far lives in L1, as
+// does the fp32 result. Per row and 32 k: 16 dpbusd, and at a group's end 2 FMA, on the two multiplier pipes; 8
+// broadcasts, 2 loads and 2 stores beside them.
 //
-// Stream (up to stream_rows): every weight is loaded once and used at once; the accumulators of 4 panels stay in
-// registers, so that DRAM sees that many sequential streams and the dot products that many independent chains.
+// Stream: up to 4 rows x 4 panels over the whole of k; every weight is used as it is loaded, the accumulators stay
+// in registers, so that DRAM sees that many sequential streams and the dot products that many independent chains.
 
 namespace int_tiles {
 
@@ -15,8 +15,8 @@ using int_ops::Float;
 using int_ops::Int;
 using int_params::Panel;
 
-inline constexpr std::size_t row_block = 64;    // rows that share one pass over the weights
-inline constexpr std::size_t tile_rows = 4;     // of the streaming loop
+inline constexpr std::size_t row_block = 64;  // rows that share one pass over the weights
+inline constexpr std::size_t tile_rows = 4;   // of the streaming loop
 inline constexpr int tile_panels = 4;
 inline constexpr std::size_t prefetch_bytes = 2048;
 
@@ -34,8 +34,10 @@ NIBBLE_ALWAYS_INLINE Call call_of(const IntGemmArgs& a) noexcept {
 
 // ---- weights stationary ----------------------------------------------------------------------------------------
 
-enum class Start { shifted, multiplied, partial };  // from -2^shift * S, from -zero * S, or from what the group has
-enum class End { partial, scale, offset };          // keep for the next chunk, or acc = fma(scale, D, acc) (and S's)
+// From -2^shift * S, from -zero * S, or from what the group has so far.
+enum class Start { shifted, multiplied, partial };
+// Keep for the next chunk, or acc = fma(scale, D, acc), or that and the offset's term.
+enum class End { partial, scale, offset };
 
 /// One pass of all rows over the weights in the registers.
 struct RowPass {
@@ -131,8 +133,8 @@ NIBBLE_ALWAYS_INLINE void rows_pass(const std::uint8_t* const (&codes)[2], const
 
 /// All rows over the chunks of one group whose length is a multiple of 32, as one variant.
 template <class Weights, Start start, End end>
-NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* const (&at)[2], std::size_t units, const PairParams& params,
-                                      RowPass pass) noexcept {
+NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* const (&at)[2], std::size_t units,
+                                      const PairParams& params, RowPass pass) noexcept {
   if (units == 4) return rows_pass<Weights, 8, start, end>(at, params, pass);
   const std::uint8_t* codes[2] = {at[0], at[1]};
   rows_pass<Weights, 8, start, End::partial>(codes, params, pass);
@@ -149,8 +151,8 @@ NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* const (&at)[2], std::s
 /// One group of any length and variant, in three steps: start values, dot products, float steps (or raw D, which
 /// stays in pass.partial).
 template <class Weights>
-inline void any_group(const Call& call, const std::uint8_t* const (&at)[2], std::size_t units, const PairParams& params,
-                      const RowPass& pass, std::size_t sum_index) noexcept {
+inline void any_group(const Call& call, const std::uint8_t* const (&at)[2], std::size_t units,
+                      const PairParams& params, const RowPass& pass, std::size_t sum_index) noexcept {
   const IntGemmArgs& a = call.a;
   for (std::size_t r = 0; r < pass.rows; ++r)
     for (std::size_t p = 0; p < 2; ++p) {
@@ -163,8 +165,10 @@ inline void any_group(const Call& call, const std::uint8_t* const (&at)[2], std:
   RowPass part = pass;
   while (units != 0) {
     const std::size_t n = units >= 4 ? 4 : 1;
-    if (n == 4) rows_pass<Weights, 8, Start::partial, End::partial>(codes, params, part);
-    else rows_pass<Weights, 2, Start::partial, End::partial>(codes, params, part);
+    if (n == 4)
+      rows_pass<Weights, 8, Start::partial, End::partial>(codes, params, part);
+    else
+      rows_pass<Weights, 2, Start::partial, End::partial>(codes, params, part);
     codes[0] += n * Weights::unit_bytes;
     codes[1] += n * Weights::unit_bytes;
     part.x += n * k_unit;
@@ -183,7 +187,8 @@ inline void any_group(const Call& call, const std::uint8_t* const (&at)[2], std:
 template <class Weights>
 inline void stationary(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
   alignas(64) std::int32_t partial[row_block * 2 * panel_width];
-  alignas(64) float acc[row_block * 2 * panel_width];  // not in a.acc, whose stride may put all rows in one cache set
+  alignas(
+      64) float acc[row_block * 2 * panel_width];  // not in a.acc, whose stride may put all rows in one cache set
   const PanelView& w = a.w;
   const Call call = call_of<Weights>(a);
 
@@ -229,8 +234,10 @@ inline void stationary(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
     for (std::size_t r = 0; r < rows; ++r)
       for (std::size_t p = 0; p < count; ++p) {
         const std::size_t out = (row0 + r) * a.acc_stride + (p0 + p - a.panel_begin) * panel_width;
-        if (a.raw != nullptr) int_ops::store_int(a.raw + out, int_ops::load_int(partial + 32 * r + 16 * p));
-        else int_ops::store_float(a.acc + out, int_ops::load_float(acc + 32 * r + 16 * p));
+        if (a.raw != nullptr)
+          int_ops::store_int(a.raw + out, int_ops::load_int(partial + 32 * r + 16 * p));
+        else
+          int_ops::store_float(a.acc + out, int_ops::load_float(acc + 32 * r + 16 * p));
       }
   }
 }
@@ -304,9 +311,9 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
         for (int p = 0; p < Panels; ++p)
-          int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride +
-                                 static_cast<std::size_t>(p) * panel_width,
-                             d[r][p]);
+          int_ops::store_int(
+              a.raw + out + static_cast<std::size_t>(r) * a.acc_stride + static_cast<std::size_t>(p) * panel_width,
+              d[r][p]);
       }
       return;
     }
@@ -317,8 +324,7 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-        for (int p = 0; p < Panels; ++p)
-          acc[r][p] = int_ops::fma(scale[p], int_ops::to_float(d[r][p]), acc[r][p]);
+        for (int p = 0; p < Panels; ++p) acc[r][p] = int_ops::fma(scale[p], int_ops::to_float(d[r][p]), acc[r][p]);
       }
       continue;
     }
@@ -332,8 +338,8 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
         const Float sum = int_ops::to_float(int_ops::broadcast4(sums[r] + g));
 #pragma GCC unroll 8
         for (int p = 0; p < Panels; ++p)
-          acc[r][p] = int_ops::fma(weight_offset[p], sum,
-                                   int_ops::fma(scale[p], int_ops::to_float(d[r][p]), acc[r][p]));
+          acc[r][p] =
+              int_ops::fma(weight_offset[p], sum, int_ops::fma(scale[p], int_ops::to_float(d[r][p]), acc[r][p]));
       }
       continue;
     }

@@ -1,8 +1,8 @@
-// What the integer kernels of all ISAs know about a packed matrix: groups, parameters, the float steps. Written over
-// int_ops, whose registers hold int_ops::lanes channels. Included by the ISAs' table.hpp, in their regions.
+// What the integer kernels of all ISAs know about a packed matrix: groups, parameters, the float steps. Written
+// over int_ops, whose registers hold int_ops::lanes channels. Included by the ISAs' table.hpp, in their regions.
 //
-// D = sum (q - zero) * x is had as sum u * x - (zero + bias) * S, where u is the byte that the multiplier sees and S
-// the group's sum of x. Everything is modulo 2^32, so only D itself has to fit.
+// D = sum (q - zero) * x is had as sum u * x - (zero + bias) * S, where u is the byte that the multiplier sees and
+// S the group's sum of x. Everything is modulo 2^32, so only D itself has to fit.
 
 namespace int_params {
 
@@ -77,8 +77,8 @@ NIBBLE_ALWAYS_INLINE Int start_multiplied(const std::int32_t* sum, Int zero) noe
   return int_ops::sub(int_ops::zero_int(), int_ops::mul(zero, int_ops::broadcast4(sum)));
 }
 
-/// acc = fma(scale, D, acc), and the float offset's term: IntGemmArgs' steps, all variants. sum_index is the row's and
-/// group's place in x_sums and x_scales.
+/// acc = fma(scale, D, acc), and the float offset's term: IntGemmArgs' steps, all variants. sum_index is the row's
+/// and group's place in x_sums and x_scales.
 NIBBLE_ALWAYS_INLINE Float finish(const IntGemmArgs& a, Float scale, Float offset, Int d, std::size_t sum_index,
                                   Float acc) noexcept {
   const bool has_offset = a.w.symmetry == Symmetry::float_offset;
@@ -88,8 +88,7 @@ NIBBLE_ALWAYS_INLINE Float finish(const IntGemmArgs& a, Float scale, Float offse
     if (has_offset) offset = int_ops::mul(offset, xs);
   }
   acc = int_ops::fma(scale, int_ops::to_float(d), acc);
-  if (has_offset)
-    acc = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(a.x_sums + sum_index)), acc);
+  if (has_offset) acc = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(a.x_sums + sum_index)), acc);
   return acc;
 }
 
