@@ -1,5 +1,5 @@
-// Every entry of a kernel table except the integer products, against the scalar table, bit for bit. Inputs and outputs
-// end at a page that may not be touched.
+// Every entry of a kernel table except the integer products, against the scalar table, bit for bit. Inputs and
+// outputs end at a page that may not be touched.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -23,7 +23,8 @@ namespace kernels_float {
 using namespace nibble;          // NOLINT: a test's own namespace
 using namespace nibble::detail;  // NOLINT
 
-/// `size` elements that end `slack` bytes before an inaccessible page. What lies in front is checked to stay as it was.
+/// `size` elements that end `slack` bytes before an inaccessible page. What lies in front is checked to stay as
+/// it was.
 template <class T>
 class Guarded {
  public:
@@ -78,8 +79,8 @@ inline bool same(float a, float b) { return (a != a && b != b) || float_bits(a) 
 inline void expect_same(const float* got, const float* want, std::size_t n, const std::string& what) {
   for (std::size_t i = 0; i < n; ++i)
     if (!same(got[i], want[i])) {
-      ADD_FAILURE() << what << ": element " << i << " is " << got[i] << ", scalar has " << want[i] << std::hexfloat << " ("
-                    << got[i] << ", " << want[i] << ")";
+      ADD_FAILURE() << what << ": element " << i << " is " << got[i] << ", scalar has " << want[i] << std::hexfloat
+                    << " (" << got[i] << ", " << want[i] << ")";
       return;
     }
 }
@@ -100,11 +101,13 @@ class Random {
   float normal() { return normal_(engine_); }
   /// Mostly ordinary, now and then hostile: zeros of both signs, subnormals, the largest, halves.
   float hostile() {
-    static const float special[] = {0.0F, -0.0F, 1e-40F, -1e-42F, 3.4e38F, -3.4e38F, 0.5F, -1.5F, 2.5F, 1.17549435e-38F};
+    static const float special[] = {0.0F,     -0.0F, 1e-40F, -1e-42F, 3.4e38F,
+                                    -3.4e38F, 0.5F,  -1.5F,  2.5F,    1.17549435e-38F};
     return below(8) == 0 ? special[below(10)] : normal();
   }
   float non_finite() {
-    static const float special[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+    static const float special[] = {std::numeric_limits<float>::infinity(),
+                                    -std::numeric_limits<float>::infinity(),
                                     std::numeric_limits<float>::quiet_NaN()};
     return special[below(3)];
   }
@@ -132,7 +135,8 @@ inline std::vector<WeightKind> weight_kinds() {
   return kinds;
 }
 
-/// A packed matrix of random codes, every byte pattern included; its buffers lie at odd addresses before guard pages.
+/// A packed matrix of random codes, every byte pattern included; its buffers lie at odd addresses before guard
+/// pages.
 class Weights {
  public:
   Weights(WeightKind kind, std::size_t n, std::size_t k, std::size_t group, Random& random)
@@ -145,12 +149,15 @@ class Weights {
         scales_(panels_ * groups_ * 16 * bytes_of(kind.scale_type), random.below(4)),
         zeros_(panels_ * groups_ * 16 * (kind.symmetry == Symmetry::asymmetric ? 1 : bytes_of(kind.scale_type)),
                random.below(4)) {
-    for (std::size_t i = 0; i < codes_.size(); ++i) codes_.bytes()[i] = static_cast<unsigned char>(random.bits() >> 8);
+    for (std::size_t i = 0; i < codes_.size(); ++i)
+      codes_.bytes()[i] = static_cast<unsigned char>(random.bits() >> 8);
     if (kind.format == Format::fp32 || kind.format == Format::fp16 || kind.format == Format::bf16) {
-      // Ordinary numbers: random bit patterns would overflow every sum. NaN, Inf and subnormals have tests of their own.
+      // Ordinary numbers: random bit patterns would overflow every sum. NaN, Inf and subnormals have tests of
+      // their own.
       for (std::size_t i = 0; i < codes_.size() * 8 / bits_of(kind.format); ++i) {
         const float v = random.below(16) == 0 ? 0.0F : random.normal();
-        const std::uint16_t half = kind.format == Format::fp16 ? nibble::fp16_from_float(v) : nibble::bf16_from_float(v);
+        const std::uint16_t half =
+            kind.format == Format::fp16 ? nibble::fp16_from_float(v) : nibble::bf16_from_float(v);
         if (kind.format == Format::fp32)
           std::memcpy(codes_.bytes() + 4 * i, &v, 4);
         else
@@ -161,7 +168,8 @@ class Weights {
     for (std::size_t i = 0; i < panels_ * groups_ * 16; ++i) {
       write(scales_.bytes(), kind.scale_type, i, random.below(32) == 0 ? 1e-39F : 0.1F * random.normal());
       if (integer_zeros)
-        zeros_.bytes()[i] = static_cast<unsigned char>(kind.format == Format::int4 ? random.below(16) : random.below(256));
+        zeros_.bytes()[i] =
+            static_cast<unsigned char>(kind.format == Format::int4 ? random.below(16) : random.below(256));
       else
         write(zeros_.bytes(), kind.scale_type, i, random.normal());
     }
@@ -187,8 +195,8 @@ class Weights {
   unsigned char* codes() { return codes_.bytes(); }
   std::string name() const {
     return std::string(name_of(view.format)) + " " + std::string(name_of(view.symmetry)) + " " +
-           std::string(name_of(view.scale_type)) + " n=" + std::to_string(view.n) + " k=" + std::to_string(view.k) +
-           " group=" + std::to_string(view.group_size);
+           std::string(name_of(view.scale_type)) + " n=" + std::to_string(view.n) +
+           " k=" + std::to_string(view.k) + " group=" + std::to_string(view.group_size);
   }
 
   PanelView view;
@@ -464,7 +472,7 @@ inline void check_quantize_rows(const KernelTable& t) {
     for (std::size_t i = 0; i < x.size(); ++i) {
       float v = random.normal();
       if (flavour == 1) v = random.hostile();
-      if (flavour == 2) v = 1e-41F * v;                                    // subnormals: the scale is floored
+      if (flavour == 2) v = 1e-41F * v;                                      // subnormals: the scale is floored
       if (flavour == 3) v = static_cast<float>(random.below(255)) - 127.0F;  // near ties once divided
       if (flavour == 4) v = std::fabs(v);
       if (flavour == 5) v = random.below(2) == 0 ? 0.0F : -0.0F;
@@ -507,7 +515,9 @@ inline void check_block_sums(const KernelTable& t) {
     for (int extreme = 0; extreme < 3; ++extreme) {
       Guarded<std::int8_t> q(n, random.below(5));
       for (std::size_t i = 0; i < n; ++i)
-        q[i] = static_cast<std::int8_t>(extreme == 1 ? -128 : extreme == 2 ? 127 : static_cast<int>(random.below(256)) - 128);
+        q[i] = static_cast<std::int8_t>(extreme == 1   ? -128
+                                        : extreme == 2 ? 127
+                                                       : static_cast<int>(random.below(256)) - 128);
       Guarded<std::int32_t> got(n / 16);
       std::vector<std::int32_t> want(n / 16);
       scalar::table.block_sums(q.data(), n, want.data());
@@ -580,19 +590,22 @@ inline void check_epilogue(const KernelTable& t) {
   };
   for (std::size_t cols = 1; cols <= 95; ++cols) {
     std::vector<EpilogueOpKind> kinds;
-    for (std::size_t i = random.below(5); i > 0; --i) kinds.push_back(static_cast<EpilogueOpKind>(random.below(7)));
+    for (std::size_t i = random.below(5); i > 0; --i)
+      kinds.push_back(static_cast<EpilogueOpKind>(random.below(7)));
     for (int form = 0; form < 8; ++form)
       run(1 + random.below(4), cols, kinds, (form & 1) != 0, (form & 2) != 0, (form & 4) != 0);
   }
   for (int kind = 0; kind < 7; ++kind)
-    for (std::size_t cols : {16U, 64U, 67U, 191U}) run(5, cols, {static_cast<EpilogueOpKind>(kind)}, kind % 2 == 0, false, false);
+    for (std::size_t cols : {16U, 64U, 67U, 191U})
+      run(5, cols, {static_cast<EpilogueOpKind>(kind)}, kind % 2 == 0, false, false);
   EXPECT_EQ(int8_outputs, 95U * 4U);
 }
 
 /// The activations' own input range, swept: every sign, exponent and a few hundred mantissas.
 inline void check_activations(const KernelTable& t) {
   std::vector<float> x;
-  for (std::uint32_t high = 0; high < 65536; ++high) x.push_back(bits_float(high << 16 | (high * 40503U & 0xFFFFU)));
+  for (std::uint32_t high = 0; high < 65536; ++high)
+    x.push_back(bits_float(high << 16 | (high * 40503U & 0xFFFFU)));
   Random random(9);
   for (int i = 0; i < 100000; ++i) x.push_back(30.0F * random.normal());
   for (EpilogueOpKind kind : {EpilogueOpKind::silu, EpilogueOpKind::gelu, EpilogueOpKind::relu}) {
@@ -636,7 +649,8 @@ inline void check_lines(const KernelTable& t) {
   for (std::size_t n = 0; n <= 300; ++n)
     for (const auto& limit : limits) {
       Guarded<float> x(n);
-      for (std::size_t i = 0; i < n; ++i) x[i] = n % 2 == 0 ? random.hostile() : 0.25F * static_cast<float>(random.below(99));
+      for (std::size_t i = 0; i < n; ++i)
+        x[i] = n % 2 == 0 ? random.hostile() : 0.25F * static_cast<float>(random.below(99));
       Guarded<std::int8_t> got(n);
       std::vector<std::int8_t> want(n);
       QuantizeLineArgs a;
@@ -686,7 +700,8 @@ inline void check_conversions(const KernelTable& t) {
   // Around every value and midpoint of both formats: the top 20 bits swept, the rest at its corners.
   std::vector<float> x;
   for (std::uint32_t top = 0; top < 1U << 20; ++top)
-    for (std::uint32_t low : {0x000U, 0x001U, 0x7FFU, 0x800U, 0x801U, 0xFFFU}) x.push_back(bits_float(top << 12 | low));
+    for (std::uint32_t low : {0x000U, 0x001U, 0x7FFU, 0x800U, 0x801U, 0xFFFU})
+      x.push_back(bits_float(top << 12 | low));
   std::vector<std::uint16_t> codes(x.size());
   std::vector<std::uint16_t> want_codes(x.size());
   t.fp16_from_float(x.data(), x.size(), codes.data());

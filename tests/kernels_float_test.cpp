@@ -30,7 +30,8 @@ TEST_P(FloatKernels, Conversions) { check_conversions(table()); }
 INSTANTIATE_TEST_SUITE_P(Isas, FloatKernels, testing::Values(Isa::avx2, Isa::avx512vnni),
                          [](const testing::TestParamInfo<Isa>& isa) { return std::string(name_of(isa.param)); });
 
-// Every 61st float. A unit is the gap between floats at the exact result; exp of a double is exact enough for that.
+// Every 61st float. A unit is the gap between floats at the exact result; exp of a double is exact enough for
+// that.
 TEST(ExpReference, WithinTwoUlp) {
   double worst = 0.0;
   float at = 0.0F;
@@ -50,7 +51,8 @@ TEST(ExpReference, WithinTwoUlp) {
     ASSERT_LT(exact, 3.4028236e38) << x;
     int exponent = 0;
     std::frexp(exact, &exponent);
-    const double error = std::fabs(static_cast<double>(y) - exact) / std::ldexp(1.0, std::max(exponent - 24, -149));
+    const double error =
+        std::fabs(static_cast<double>(y) - exact) / std::ldexp(1.0, std::max(exponent - 24, -149));
     if (error > worst) {
       worst = error;
       at = x;

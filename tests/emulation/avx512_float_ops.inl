@@ -1,5 +1,5 @@
-// nibble/kernels/avx512vnni/float_ops.inl in plain C++: the same names and tiles, vectors as arrays of 16. The AVX-512
-// float kernels compiled over this run on any machine.
+// nibble/kernels/avx512vnni/float_ops.inl in plain C++: the same names and tiles, vectors as arrays of 16. The
+// AVX-512 float kernels compiled over this run on any machine.
 
 // Out of line: inlined into the unrolled kernels, these loops would take minutes to compile.
 #define NIBBLE_EMULATED inline __attribute__((noinline))
@@ -13,8 +13,11 @@ struct Vi {
 
 constexpr int lanes = 16;
 constexpr int halves = 1;
-constexpr std::size_t gemm_rows = avx512vnni::floats::gemm_rows;
-constexpr std::size_t gemm_panels = avx512vnni::floats::gemm_panels;
+constexpr int gemm_rows = avx512vnni::floats::gemm_rows;
+constexpr int gemm_panels = avx512vnni::floats::gemm_panels;
+constexpr int gemm_panels_4 = avx512vnni::floats::gemm_panels_4;
+constexpr int gemm_panels_2 = avx512vnni::floats::gemm_panels_2;
+constexpr int gemm_panels_1 = avx512vnni::floats::gemm_panels_1;
 constexpr int gemv_panels_1 = avx512vnni::floats::gemv_panels_1;
 constexpr int gemv_panels_2 = avx512vnni::floats::gemv_panels_2;
 constexpr int gemv_panels_4 = avx512vnni::floats::gemv_panels_4;

@@ -5,11 +5,17 @@ using Vf = __m256;
 using Vi = __m256i;
 
 constexpr int lanes = 8;
-constexpr int halves = 2;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
-constexpr std::size_t gemm_rows = 6;
-constexpr std::size_t gemm_panels = 1;
-constexpr std::size_t gemv_panels = 4;
-constexpr std::size_t gemv_block_panels = 2;
+constexpr int halves =
+    2;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
+constexpr int gemm_rows = 6;
+constexpr int gemm_panels = 1;
+constexpr int gemm_panels_4 = 1;
+constexpr int gemm_panels_2 = 2;
+constexpr int gemm_panels_1 = 4;
+constexpr int gemv_panels_1 = 4;
+constexpr int gemv_panels_2 = 2;
+constexpr int gemv_panels_4 = 1;
+constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
 // vectors a panel
 // Sixteen floats do not fit one permute: int4 codes decode by arithmetic, only nf4's by a table.
 constexpr bool cheap_lookup = false;
@@ -141,6 +147,15 @@ NIBBLE_ALWAYS_INLINE Vi shift_right_signed(Vi v) noexcept {
   return _mm256_srai_epi32(v, N);
 }
 
+// Byte J of every lane, zero-extended. One shuffle: shift and mask are two, on pipes that the conversions want.
+template <int J>
+NIBBLE_ALWAYS_INLINE Vi byte_of_lanes(Vi v) noexcept {
+  // Control bytes with the top bit set give 0.
+  constexpr int none = static_cast<int>(0x80808000U);
+  const __m128i lane = _mm_setr_epi32(none + J, none + J + 4, none + J + 8, none + J + 12);
+  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(lane));
+}
+
 struct Lookup16 {
   Vf low;
   Vf high;
@@ -176,7 +191,8 @@ NIBBLE_ALWAYS_INLINE void sum_blocks_4(const std::int8_t* q, std::int32_t* out) 
   const __m256i bias = _mm256_set1_epi8(-128);
   const __m256i a = _mm256_sad_epu8(_mm256_xor_si256(load_int(q), bias), _mm256_setzero_si256());
   const __m256i b = _mm256_sad_epu8(_mm256_xor_si256(load_int(q + 32), bias), _mm256_setzero_si256());
-  const __m256i both = _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+  const __m256i both =
+      _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
   const __m256i sums = _mm256_hadd_epi32(both, both);  // blocks 0 2 . . | 1 3 . .
   const __m128i ordered = _mm_unpacklo_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_sub_epi32(ordered, _mm_set1_epi32(16 * 128)));

@@ -5,18 +5,22 @@ using Vf = __m512;
 using Vi = __m512i;
 
 constexpr int lanes = 16;
-constexpr int halves = 1;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
-constexpr std::size_t gemm_rows = 12;
-constexpr std::size_t gemm_panels = 2;
-constexpr std::size_t gemv_panels = 8;
-constexpr std::size_t gemv_block_panels = 4;
+constexpr int halves =
+    1;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
+constexpr int gemm_rows = 12;
+constexpr int gemm_panels = 2;
+constexpr int gemm_panels_4 = 4;
+constexpr int gemm_panels_2 = 4;
+constexpr int gemm_panels_1 = 4;
+constexpr int gemv_panels_1 = 8;
+constexpr int gemv_panels_2 = 4;
+constexpr int gemv_panels_4 = 4;
+constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
 // vectors a panel
 // A permute of 16 floats is one instruction: int4 codes then decode as nf4's do, by a table of the grid.
 constexpr bool cheap_lookup = true;
 
-NIBBLE_ALWAYS_INLINE __mmask16 first(std::size_t n) noexcept {
-  return static_cast<__mmask16>((1U << n) - 1U);
-}
+NIBBLE_ALWAYS_INLINE __mmask16 first(std::size_t n) noexcept { return static_cast<__mmask16>((1U << n) - 1U); }
 
 NIBBLE_ALWAYS_INLINE Vf zero() noexcept { return _mm512_setzero_ps(); }
 NIBBLE_ALWAYS_INLINE Vf set1(float v) noexcept { return _mm512_set1_ps(v); }
@@ -125,6 +129,15 @@ NIBBLE_ALWAYS_INLINE Vi shift_right_signed(Vi v) noexcept {
   return _mm512_srai_epi32(v, N);
 }
 
+// Byte J of every lane, zero-extended. One shuffle: shift and mask are two, on pipes that the conversions want.
+template <int J>
+NIBBLE_ALWAYS_INLINE Vi byte_of_lanes(Vi v) noexcept {
+  // Control bytes with the top bit set give 0.
+  constexpr int none = static_cast<int>(0x80808000U);
+  const __m128i lane = _mm_setr_epi32(none + J, none + J + 4, none + J + 8, none + J + 12);
+  return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(lane));
+}
+
 struct Lookup16 {
   Vf levels;
 };
@@ -142,7 +155,8 @@ NIBBLE_ALWAYS_INLINE std::int32_t reduce_max_int(Vi v) noexcept { return _mm512_
 // Sums of four blocks of 16 bytes.
 NIBBLE_ALWAYS_INLINE void sum_blocks_4(const std::int8_t* q, std::int32_t* out) noexcept {
   // psadbw sums unsigned bytes: bias by 128 before, and by 16 * 128 after.
-  const __m512i sums = _mm512_sad_epu8(_mm512_xor_si512(load_int(q), _mm512_set1_epi8(-128)), _mm512_setzero_si512());
+  const __m512i sums =
+      _mm512_sad_epu8(_mm512_xor_si512(load_int(q), _mm512_set1_epi8(-128)), _mm512_setzero_si512());
   const __m256i halves_of_blocks = _mm512_cvtepi64_epi32(sums);
   const __m128i blocks =
       _mm_hadd_epi32(_mm256_castsi256_si128(halves_of_blocks), _mm256_extracti128_si256(halves_of_blocks, 1));

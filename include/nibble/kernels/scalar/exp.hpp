@@ -1,5 +1,5 @@
-// The one exponential of the library, and the activations made of it. Every ISA repeats these operations lane by lane,
-// so results agree bit for bit.
+// The one exponential of the library, and the activations made of it. Every ISA repeats these operations lane by
+// lane, so results agree bit for bit.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,8 @@ struct ExpConstants {
   static constexpr float c6 = 0x1.6a23dp-10F;
 };
 
-/// exp(x) within 1.1 ulp over all floats; NaN stays NaN, overflow is Inf, underflow goes through the subnormals to 0.
+/// exp(x) within 1.1 ulp over all floats; NaN stays NaN, overflow is Inf, underflow goes through the subnormals
+/// to 0.
 inline float exp_reference(float x) noexcept {
   using C = ExpConstants;
   // Written so that NaN passes.
@@ -52,10 +53,9 @@ inline float exp_reference(float x) noexcept {
   const std::int32_t exponent =
       static_cast<std::int32_t>(bits_from_float(shifted) - static_cast<std::uint32_t>(C::magic_bits));
   const std::int32_t half = exponent >> 1;
-  const auto power = [](std::int32_t e) {
-    return float_from_bits((static_cast<std::uint32_t>(e) + 127U) << 23);
-  };
-  const auto rest = static_cast<std::int32_t>(static_cast<std::uint32_t>(exponent) - static_cast<std::uint32_t>(half));
+  const auto power = [](std::int32_t e) { return float_from_bits((static_cast<std::uint32_t>(e) + 127U) << 23); };
+  const auto rest =
+      static_cast<std::int32_t>(static_cast<std::uint32_t>(exponent) - static_cast<std::uint32_t>(half));
   return rounded(rounded(p * power(half)) * power(rest));
 }
 

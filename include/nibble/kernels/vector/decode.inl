@@ -7,13 +7,12 @@ enum class Decode : int {
   fp32,
   fp16,
   bf16,
-  int8,         // scale * float(q - zero), zero from the panel
-  int8_plain,   // scale * float(q)
+  int8,         // scale * float(q - zero)
   int8_offset,  // fma(scale, float(q), offset)
   int4,
-  int4_plain,   // scale * float(q - 8)
+  int4_plain,  // scale * float(q - 8)
   int4_offset,
-  levels,       // scale * table[q]: nf4, and symmetric int4 where a lookup is cheaper than arithmetic
+  levels,  // scale * table[q]: nf4, and symmetric int4 where a lookup is cheaper than arithmetic
 };
 
 alignas(64) inline constexpr float int4_levels[16] = {-8.0F, -7.0F, -6.0F, -5.0F, -4.0F, -3.0F, -2.0F, -1.0F,
@@ -26,10 +25,7 @@ inline Decode decode_of(const PanelView& w) noexcept {
     case Format::fp32: return Decode::fp32;
     case Format::fp16: return Decode::fp16;
     case Format::bf16: return Decode::bf16;
-    case Format::int8:
-      return w.symmetry == Symmetry::symmetric    ? Decode::int8_plain
-             : w.symmetry == Symmetry::asymmetric ? Decode::int8
-                                                  : Decode::int8_offset;
+    case Format::int8: return w.symmetry == Symmetry::float_offset ? Decode::int8_offset : Decode::int8;
     case Format::int4:
       return w.symmetry == Symmetry::symmetric    ? (cheap_lookup ? Decode::levels : Decode::int4_plain)
              : w.symmetry == Symmetry::asymmetric ? Decode::int4
@@ -48,17 +44,18 @@ inline const float* table_of(const PanelView& w) noexcept {
 constexpr bool has_groups(Decode kind) noexcept { return kind > Decode::bf16; }
 // Bytes of eight k of a panel.
 constexpr std::size_t unit_bytes(Decode kind) noexcept {
-  return kind == Decode::fp32                             ? 512
-         : kind == Decode::fp16 || kind == Decode::bf16   ? 256
-         : kind >= Decode::int8 && kind < Decode::int4    ? 128
-                                                          : 64;
+  return kind == Decode::fp32                           ? 512
+         : kind == Decode::fp16 || kind == Decode::bf16 ? 256
+         : kind >= Decode::int8 && kind < Decode::int4  ? 128
+                                                        : 64;
 }
 
 NIBBLE_ALWAYS_INLINE Vf load_scales(const void* base, ScaleType type, std::size_t index) noexcept {
   switch (type) {
     case ScaleType::fp32: break;
     case ScaleType::fp16: return load_fp16(static_cast<const std::uint16_t*>(base) + index);
-    case ScaleType::bf16: return from_bits(shift_left<16>(load_u16(static_cast<const std::uint16_t*>(base) + index)));
+    case ScaleType::bf16:
+      return from_bits(shift_left<16>(load_u16(static_cast<const std::uint16_t*>(base) + index)));
   }
   return load(static_cast<const float*>(base) + index);
 }
@@ -80,9 +77,15 @@ struct Decoder {
         scale[h] = load_scales(w.scales, w.scale_type, index);
         if constexpr (kind == Decode::int8_offset || kind == Decode::int4_offset)
           offset[h] = load_scales(w.zeros, w.scale_type, index);
-        if constexpr (kind == Decode::int8 || kind == Decode::int4) {
+        if constexpr (kind == Decode::int4) {
           zeros[h] = load_s8(static_cast<const std::int8_t*>(w.zeros) + index);
           offset[h] = to_float(zeros[h]);
+        }
+        if constexpr (kind == Decode::int8) {
+          // Codes are stored with 128 added.
+          zeros[h] = set1_int(128);
+          if (w.zeros != nullptr)
+            zeros[h] = add_int(zeros[h], load_s8(static_cast<const std::int8_t*>(w.zeros) + index));
         }
       }
     }
@@ -100,8 +103,7 @@ struct Decoder {
       }
     } else if constexpr (unit_bytes(kind) == 128) {
       NIBBLE_UNROLL
-      for (int h = 0; h < 2 * halves; ++h)
-        codes[h] = xor_int(load_int(p + h * lanes * 4), set1_int(static_cast<std::int32_t>(0x80808080U)));
+      for (int h = 0; h < 2 * halves; ++h) codes[h] = load_int(p + h * lanes * 4);
     }
   }
 
@@ -117,10 +119,9 @@ struct Decoder {
       if constexpr (I % 2 == 0) return from_bits(shift_left<16>(pair));
       return from_bits(and_int(pair, set1_int(static_cast<std::int32_t>(0xFFFF0000U))));
     } else if constexpr (unit_bytes(kind) == 128) {
-      const Vi q = shift_right_signed<24>(shift_left<24 - 8 * (I % 4)>(codes[(I / 4) * halves + h]));
+      const Vi q = byte_of_lanes<I % 4>(codes[(I / 4) * halves + h]);
       if constexpr (kind == Decode::int8) return mul_only(scale[h], to_float(sub_int(q, zeros[h])));
-      if constexpr (kind == Decode::int8_plain) return mul_only(scale[h], to_float(q));
-      return fma(scale[h], to_float(q), offset[h]);
+      return fma(scale[h], to_float(sub_int(q, set1_int(128))), offset[h]);
     } else {
       constexpr int shift = 8 * (I % 4) + 4 * (I / 4);
       if constexpr (kind == Decode::levels) return mul_only(scale[h], lookup16<shift>(table, codes[h]));
@@ -147,4 +148,12 @@ NIBBLE_ALWAYS_INLINE void decode_unit(const Decoder<kind>& d, const Lookup16& ta
     for (int h = 0; h < halves; ++h) store(out + I * 16 + h * lanes, d.template value<I>(h, table));
     decode_unit<kind, I + 1>(d, table, out);
   }
+}
+
+// Fetches the codes of one unit that lie `ahead` bytes from p. They may lie beyond the buffer: nothing is read,
+// and the address is made of integers, for no pointer may point there.
+template <int Lines>
+NIBBLE_ALWAYS_INLINE void prefetch_lines(const std::uint8_t* p, std::size_t ahead) noexcept {
+  prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + ahead));
+  if constexpr (Lines > 1) prefetch_lines<Lines - 1>(p, ahead + 64);
 }

