@@ -1,7 +1,10 @@
-// libFuzzer entry for the file readers: every input is an error or a file that can be read whole. Build, with Clang:
-//   clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -Iinclude -isystem /usr/include/eigen3 tests/fuzz_io.cpp
-// The first byte of an input chooses the format. With -DNIBBLE_FUZZ_PACKED also packed models and the conversion to
-// quantized tensors, which bring in all kernels: compiling them with the fuzzer's instrumentation takes minutes.
+// libFuzzer entry for the file readers: every input is an error or a file that can be read whole. Build, with
+// Clang:
+//   clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -Iinclude -isystem /usr/include/eigen3
+//   tests/fuzz_io.cpp
+// The first byte of an input chooses the format. With -DNIBBLE_FUZZ_PACKED also packed models and the conversion
+// to quantized tensors, which bring in all kernels: compiling them with the fuzzer's instrumentation takes
+// minutes.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

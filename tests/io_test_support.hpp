@@ -101,8 +101,8 @@ inline std::string run(const std::string& command, int& status) {
   return output;
 }
 
-/// Python from NIBBLE_PYTHON (default python3), or empty where it has no packages gguf and numpy. An address sanitizer that
-/// this process runs under is not passed on.
+/// Python from NIBBLE_PYTHON (default python3), or empty where it has no packages gguf and numpy. An address
+/// sanitizer that this process runs under is not passed on.
 inline std::string python() {
   const char* given = std::getenv("NIBBLE_PYTHON");
   const std::string command = std::string("env -u LD_PRELOAD '") + (given != nullptr ? given : "python3") + "'";
@@ -118,10 +118,11 @@ inline std::string golden_script() {
   return "'" + (folder / "io_golden.py").string() + "'";
 }
 
-#define NIBBLE_SKIP_WITHOUT_GGUF_PYTHON(command)                                                      \
-  const std::string command = io_test::python();                                                      \
-  if (command.empty()) GTEST_SKIP() << "needs a Python with the packages gguf and numpy; name it by " \
-                                       "NIBBLE_PYTHON"
+#define NIBBLE_SKIP_WITHOUT_GGUF_PYTHON(command)                                 \
+  const std::string command = io_test::python();                                 \
+  if (command.empty())                                                           \
+  GTEST_SKIP() << "needs a Python with the packages gguf and numpy; name it by " \
+                  "NIBBLE_PYTHON"
 
 /// Calls f, which must throw E with all of `parts` in its message.
 template <class E, class F>

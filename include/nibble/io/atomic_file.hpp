@@ -24,13 +24,13 @@
 namespace nibble {
 inline namespace NIBBLE_ABI {
 
-/// Writes a file so that its path always holds either the old content or all of the new one, whatever fails: a full
-/// disk, a kill, a power cut. Bytes go to a temporary file in the same directory; commit() flushes it to the disk and
-/// renames it over the path. Without commit() the destructor removes the temporary. A kill leaves it behind, named
-/// `.<name>.<process>-<number>.tmp`; it may be deleted.
+/// Writes a file so that its path always holds either the old content or all of the new one, whatever fails: a
+/// full disk, a kill, a power cut. Bytes go to a temporary file in the same directory; commit() flushes it to the
+/// disk and renames it over the path. Without commit() the destructor removes the temporary. A kill leaves it
+/// behind, named `.<name>.<process>-<number>.tmp`; it may be deleted.
 ///
-/// An existing file is replaced, keeping its permissions; a symbolic link keeps pointing to the replaced file. What
-/// exists and is not a regular file (a device, a pipe, a directory) is refused.
+/// An existing file is replaced, keeping its permissions; a symbolic link keeps pointing to the replaced file.
+/// What exists and is not a regular file (a device, a pipe, a directory) is refused.
 class AtomicFile {
  public:
   explicit AtomicFile(const std::string& path) : path_(path) {
@@ -70,7 +70,8 @@ class AtomicFile {
     if (!temporary_.empty()) ::unlink(temporary_.c_str());
   }
 
-  /// Appends bytes. Throws IoError when the system refuses (no space, a size limit); commit() is refused after that.
+  /// Appends bytes. Throws IoError when the system refuses (no space, a size limit); commit() is refused after
+  /// that.
   void write(const void* data, std::size_t size) {
     require_open();
     const auto* p = static_cast<const std::uint8_t*>(data);
@@ -97,8 +98,8 @@ class AtomicFile {
     }
   }
 
-  /// Writes bytes at an offset of their own, for files whose parts come in any order. Appended bytes are not moved by
-  /// it; what is never written reads as zeros.
+  /// Writes bytes at an offset of their own, for files whose parts come in any order. Appended bytes are not moved
+  /// by it; what is never written reads as zeros.
   void write_at(std::uint64_t offset, const void* data, std::size_t size) {
     require_open();
     if (size > static_cast<std::uint64_t>(INT64_MAX) || offset > static_cast<std::uint64_t>(INT64_MAX) - size)

@@ -72,8 +72,8 @@ inline bool is_utf8(std::string_view text) noexcept {
   return true;
 }
 
-/// Text for an error message: at most 60 bytes, what is not printable ASCII replaced, so that a hostile name neither
-/// floods nor steers a terminal.
+/// Text for an error message: at most 60 bytes, what is not printable ASCII replaced, so that a hostile name
+/// neither floods nor steers a terminal.
 inline std::string printable(std::string_view text) {
   constexpr std::size_t most = 60;
   std::string out;
@@ -82,8 +82,8 @@ inline std::string printable(std::string_view text) {
   return out;
 }
 
-/// A cursor over bytes of an untrusted file. Every read is checked against the end; a failure is a FormatError that
-/// names the file, what was being read and where.
+/// A cursor over bytes of an untrusted file. Every read is checked against the end; a failure is a FormatError
+/// that names the file, what was being read and where.
 class ByteReader {
  public:
   ByteReader(const std::uint8_t* data, std::size_t size, std::string_view file) noexcept

@@ -265,8 +265,8 @@ struct GgufTensor {
   std::string_view name;
   GgufType type = GgufType::f32;
   std::size_t rank = 0;
-  /// Dimensions in GGUF's order, which is Eigen's column-major one: dims[0] runs fastest. A weight of n outputs by k
-  /// inputs has dims {k, n}. Those beyond `rank` are 1.
+  /// Dimensions in GGUF's order, which is Eigen's column-major one: dims[0] runs fastest. A weight of n outputs by
+  /// k inputs has dims {k, n}. Those beyond `rank` are 1.
   std::array<std::uint64_t, detail::gguf_max_rank> dims{1, 1, 1, 1};
   std::uint64_t elements = 0;
   std::uint64_t offset = 0;  ///< of the data, from the start of the data section
@@ -304,9 +304,9 @@ struct GgufTensor {
   }
 };
 
-/// A GGUF file, opened for reading. Opening checks everything that the header says against the file's length, in time
-/// and memory proportional to the header's real bytes; afterwards every tensor's data lies within the map and no two
-/// tensors share a byte. Strings and arrays are not copied. Copies share the map.
+/// A GGUF file, opened for reading. Opening checks everything that the header says against the file's length, in
+/// time and memory proportional to the header's real bytes; afterwards every tensor's data lies within the map and
+/// no two tensors share a byte. Strings and arrays are not copied. Copies share the map.
 class GgufFile {
  public:
   /// Maps `path`. Throws IoError, FormatError (broken or hostile), or Unsupported (version 1, big-endian).
@@ -619,9 +619,9 @@ inline std::vector<GgufArray> GgufArray::arrays() const {
   return out;
 }
 
-/// Writes a GGUF file (version 3) tensor by tensor, so that a model larger than memory can be converted. In this order:
-/// metadata and tensor declarations, in any mix; then the data of every tensor in the order of declaration, in pieces
-/// of any size; then commit(). The path holds its old content until then, whatever fails (AtomicFile).
+/// Writes a GGUF file (version 3) tensor by tensor, so that a model larger than memory can be converted. In this
+/// order: metadata and tensor declarations, in any mix; then the data of every tensor in the order of declaration,
+/// in pieces of any size; then commit(). The path holds its old content until then, whatever fails (AtomicFile).
 ///
 /// Misuse (a name twice, too many or missing bytes, a declaration after the first data) throws InvalidArgument.
 class GgufWriter {
@@ -648,8 +648,8 @@ class GgufWriter {
     for (const GgufEntry& entry : from.metadata()) add(entry.key, entry.value);
   }
 
-  /// Announces a tensor. `dims` is in GGUF's order: a weight of n outputs by k inputs is {k, n}. At most 4 dimensions,
-  /// the first a multiple of the type's block; names have 1 to 63 bytes (ggml's limit).
+  /// Announces a tensor. `dims` is in GGUF's order: a weight of n outputs by k inputs is {k, n}. At most 4
+  /// dimensions, the first a multiple of the type's block; names have 1 to 63 bytes (ggml's limit).
   void declare(std::string_view name, GgufType type, const std::vector<std::uint64_t>& dims) {
     require_header("declare");
     detail::require(!name.empty() && name.size() < 64 && detail::is_utf8(name), "GgufWriter: tensor name '",

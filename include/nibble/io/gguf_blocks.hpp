@@ -1,7 +1,8 @@
 // GGUF's tensor types: block sizes, decoding of every type that Nibble reads, encoding of those that it writes.
 //
-// Layouts and roundings are those of ggml (ggml-common.h, ggml-quants.c) and of its NumPy twin, the PyPI package `gguf`:
-// encoders keep GGUF's own rounding, whatever Nibble's quantizers do, and agree with that package bit for bit.
+// Layouts and roundings are those of ggml (ggml-common.h, ggml-quants.c) and of its NumPy twin, the PyPI package
+// `gguf`: encoders keep GGUF's own rounding, whatever Nibble's quantizers do, and agree with that package bit for
+// bit.
 #pragma once
 
 #include <cmath>
@@ -246,7 +247,8 @@ inline float gguf_rounded(float value) noexcept {
 #endif
 }
 
-/// Float to integer as NumPy's cast gives on x86 once 1/d has overflowed (d is 0 in fp16 then, the code has no meaning).
+/// Float to integer as NumPy's cast gives on x86 once 1/d has overflowed (d is 0 in fp16 then, the code has no
+/// meaning).
 inline int gguf_to_int(float value) noexcept {
   return std::fabs(value) < 2147483648.0F ? static_cast<int>(value) : 0;
 }
@@ -323,8 +325,8 @@ inline const GgufTypeInfo& gguf_require_type(GgufType type, bool GgufTypeInfo::*
 
 }  // namespace detail
 
-/// Bytes of `elements` weights of a type. Throws InvalidArgument where they are no whole number of blocks or the size
-/// overflows, Unsupported for a type that is not known.
+/// Bytes of `elements` weights of a type. Throws InvalidArgument where they are no whole number of blocks or the
+/// size overflows, Unsupported for a type that is not known.
 inline std::size_t gguf_bytes(GgufType type, std::size_t elements) {
   const GgufTypeInfo* info = gguf_type_info(type);
   if (info == nullptr)
@@ -337,7 +339,8 @@ inline std::size_t gguf_bytes(GgufType type, std::size_t elements) {
 
 /// Decodes `elements` weights (a whole number of blocks) from `bytes` (of any alignment) to fp32, bit-equal to
 /// gguf.quants.dequantize. Any bytes are valid input; scales of NaN or Inf give NaN or Inf.
-/// Throws Unsupported for a type that does not decode, InvalidArgument for a count that is no multiple of the block.
+/// Throws Unsupported for a type that does not decode, InvalidArgument for a count that is no multiple of the
+/// block.
 inline void gguf_dequantize(GgufType type, const void* bytes, std::size_t elements, float* out) {
   const GgufTypeInfo& info = detail::gguf_require_type(type, &GgufTypeInfo::decodes, "gguf_dequantize");
   detail::require(elements % info.block_elements == 0, "gguf_dequantize: ", elements, " elements of ", info.name,
@@ -372,8 +375,9 @@ inline void gguf_dequantize(GgufType type, const void* bytes, std::size_t elemen
 
 /// Encodes `elements` fp32 weights (a whole number of blocks) to F32, F16, BF16, Q8_0, Q4_0 or Q4_1, bit-equal to
 /// gguf.quants.quantize (product and sum in fp32, each rounded). Writes gguf_bytes(type, elements) bytes.
-/// F16 and BF16 round to nearest even; beyond the range F16 becomes Inf. The block types refuse NaN and Inf, naming
-/// the index, and blocks whose scale or minimum exceeds fp16 (the package would write Inf): InvalidArgument.
+/// F16 and BF16 round to nearest even; beyond the range F16 becomes Inf. The block types refuse NaN and Inf,
+/// naming the index, and blocks whose scale or minimum exceeds fp16 (the package would write Inf):
+/// InvalidArgument.
 inline void gguf_quantize(GgufType type, const float* x, std::size_t elements, void* bytes) {
   const GgufTypeInfo& info = detail::gguf_require_type(type, &GgufTypeInfo::encodes, "gguf_quantize");
   detail::require(elements % info.block_elements == 0, "gguf_quantize: ", elements, " elements of ", info.name,

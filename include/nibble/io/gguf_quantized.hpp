@@ -85,9 +85,9 @@ inline void put_scale(std::uint8_t* to, ScaleType type, std::size_t index, float
 
 }  // namespace detail
 
-/// The same tensor with the codes and scales of the file, decoding to the same bits. The shape is GGUF's reversed, so
-/// that dims {k, n} become n x k (outputs x inputs). F32, F16 and BF16 stay in the map; the others are rearranged.
-/// Throws Unsupported (gguf_scheme), FormatError for a scale that is NaN or Inf.
+/// The same tensor with the codes and scales of the file, decoding to the same bits. The shape is GGUF's reversed,
+/// so that dims {k, n} become n x k (outputs x inputs). F32, F16 and BF16 stay in the map; the others are
+/// rearranged. Throws Unsupported (gguf_scheme), FormatError for a scale that is NaN or Inf.
 inline QuantizedTensor to_quantized(const GgufTensor& tensor) {
   const Scheme scheme = gguf_scheme(tensor.type);
   Shape shape;
@@ -176,8 +176,8 @@ inline std::string gguf_obstacle(const QuantizedTensor& t, GgufType type) {
 }  // namespace detail
 
 /// The smallest type that GgufWriter's encoders know (Q4_0, Q4_1, Q8_0, F16, BF16, F32) and that holds exactly the
-/// values of `t`. F32 always does. The block types ask for int codes, scales that are fp16 numbers, rows of a multiple
-/// of 32, and groups of a multiple of 32 along the rows, a scale per row, or one scale.
+/// values of `t`. F32 always does. The block types ask for int codes, scales that are fp16 numbers, rows of a
+/// multiple of 32, and groups of a multiple of 32 along the rows, a scale per row, or one scale.
 inline GgufType gguf_type_for(const QuantizedTensor& t) {
   for (const GgufType type : {GgufType::q4_0, GgufType::q4_1, GgufType::q8_0, GgufType::f16, GgufType::bf16})
     if (detail::gguf_obstacle(t, type).empty()) return type;
@@ -189,8 +189,9 @@ inline std::vector<std::uint64_t> gguf_dims(const QuantizedTensor& t) {
   return {t.shape().rbegin(), t.shape().rend()};
 }
 
-/// The bytes of `t` as a tensor of `type`, for GgufWriter::write_tensor. Decoded by any reader they give the values of
-/// `t`, to the bit. Throws Unsupported where the type cannot hold them, with the reason and the nearest type that can.
+/// The bytes of `t` as a tensor of `type`, for GgufWriter::write_tensor. Decoded by any reader they give the
+/// values of `t`, to the bit. Throws Unsupported where the type cannot hold them, with the reason and the nearest
+/// type that can.
 inline Buffer to_gguf(const QuantizedTensor& t, GgufType type) {
   const std::string obstacle = detail::gguf_obstacle(t, type);
   if (!obstacle.empty())

@@ -60,8 +60,8 @@ class FileDescriptor {
 
 }  // namespace detail
 
-/// A read-only mapping of a regular file. Copies share it, and so do buffers borrowed from it; the mapping goes when
-/// the last of them does. The path may be renamed or deleted meanwhile.
+/// A read-only mapping of a regular file. Copies share it, and so do buffers borrowed from it; the mapping goes
+/// when the last of them does. The path may be renamed or deleted meanwhile.
 ///
 /// Limits: the size is taken when the file is opened. If another process truncates the file in place after that,
 /// touching the lost pages raises SIGBUS, and if it overwrites the file the bytes change under the reader: nothing

@@ -4,25 +4,25 @@
 //
 //   format = "nibble-packed", version = "1", layout = "panel16"
 //   matrix:<name> = a flat JSON object, for every packed matrix:
-//     layout, rows, cols; format (fp32, fp16, bf16, int8, int4, nf4); symmetry (symmetric, asymmetric, float_offset);
-//     granularity (per_tensor, per_channel, per_group), axis, group_size, full_range: the scheme it was quantized by;
-//     scale_type (fp32, fp16, bf16)
+//     layout, rows, cols; format (fp32, fp16, bf16, int8, int4, nf4); symmetry (symmetric, asymmetric,
+//     float_offset); granularity (per_tensor, per_channel, per_group), axis, group_size, full_range: the scheme it
+//     was quantized by; scale_type (fp32, fp16, bf16)
 //   and whatever else the writer adds: hyperparameters, a tokenizer's settings.
 //
 // A matrix of P = ceil(rows / 16) panels, whose layout kernels/args.hpp draws, is stored as tensors
 //
 //   <name>.codes         U8 [P, bytes of a panel]
-//   <name>.scales        F16 or F32 [P, groups, 16]            integer formats and nf4 only (bf16 scales are packed as F32)
+//   <name>.scales        F16 or F32 [P, groups, 16], integer formats and nf4 only (bf16 scales are packed as F32)
 //   <name>.zeros         I8 (asymmetric), or as scales (float_offset) [P, groups, 16]
 //   <name>.channel_sums  F32 [P, 16], optional
 //
 // Other tensors (norms, a vocabulary) stand beside them as plain safetensors.
 //
-// The promise. A file of version 1 is read, with the same values, by every later version of Nibble, on every machine
-// that Nibble runs on: the layout does not depend on the ISA. What changes the meaning of a file gets a new version or
-// a new layout name, and a reader refuses, with a message that says so, what it does not know: another version, another
-// layout, an unknown field of a matrix, a size that does not fit, a scale that is NaN or Inf. It never misreads. Metadata
-// keys and tensors that it does not know are the writer's own and are ignored.
+// The promise. A file of version 1 is read, with the same values, by every later version of Nibble, on every
+// machine that Nibble runs on: the layout does not depend on the ISA. What changes the meaning of a file gets a
+// new version or a new layout name, and a reader refuses, with a message that says so, what it does not know:
+// another version, another layout, an unknown field of a matrix, a size that does not fit, a scale that is NaN or
+// Inf. It never misreads. Metadata keys and tensors that it does not know are the writer's own and are ignored.
 //
 // This header needs nlohmann/json and is not a part of <nibble/nibble.hpp>.
 #pragma once
@@ -170,7 +170,8 @@ constexpr SafetensorsType safetensors_type(ScaleType type) noexcept {
                                    : SafetensorsType::bf16;
 }
 
-/// Codes, scales, zeros, channel sums, in this order; those that have no bytes are not stored. `header` is resolved.
+/// Codes, scales, zeros, channel sums, in this order; those that have no bytes are not stored. `header` is
+/// resolved.
 inline std::vector<PackedPart> packed_parts(const PackedHeader& header) {
   const PackedShape shape = shape_of(header);
   const SafetensorsType scales = safetensors_type(shape.scale_type);
@@ -189,8 +190,8 @@ inline std::vector<PackedPart> packed_parts(const PackedHeader& header) {
 }  // namespace detail
 
 /// Writes a packed model. Either add() everything and commit(), which keeps the matrices in memory until then; or
-/// declare() everything first and then write() matrix by matrix, for a model larger than memory. The path holds its old
-/// content until commit() returns (AtomicFile). Names must be distinct.
+/// declare() everything first and then write() matrix by matrix, for a model larger than memory. The path holds
+/// its old content until commit() returns (AtomicFile). Names must be distinct.
 class PackedFileWriter {
  public:
   explicit PackedFileWriter(const std::string& path) : file_(path, Buffer::alignment) {
@@ -283,12 +284,12 @@ class PackedFileWriter {
 };
 
 /// A packed model, opened for reading. Codes and parameters are used where the map holds them: opening copies and
-/// repacks nothing, it reads the scales once to check them. (Buffers that do not lie at multiples of 64 bytes, as in a
-/// file that another program has rewritten, are copied.) Matrices keep the map alive.
+/// repacks nothing, it reads the scales once to check them. (Buffers that do not lie at multiples of 64 bytes, as
+/// in a file that another program has rewritten, are copied.) Matrices keep the map alive.
 class PackedFile {
  public:
-  /// Throws IoError; FormatError for a file that is broken or no packed model; Unsupported for a version or layout that
-  /// this Nibble does not know.
+  /// Throws IoError; FormatError for a file that is broken or no packed model; Unsupported for a version or layout
+  /// that this Nibble does not know.
   static PackedFile open(const std::string& path, MapOptions options = {}) {
     return read(SafetensorsFile::open(path, options), "'" + path + "'");
   }

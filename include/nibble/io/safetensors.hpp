@@ -1,7 +1,8 @@
 // safetensors files: a reader by the format's exact rules, and a writer that streams.
 //
-// This header needs nlohmann/json (3.9 or newer) and is not a part of <nibble/nibble.hpp>. Where exceptions are off,
-// nlohmann/json aborts by itself when memory runs out; broken files abort through Nibble's errors, with their message.
+// This header needs nlohmann/json (3.9 or newer) and is not a part of <nibble/nibble.hpp>. Where exceptions are
+// off, nlohmann/json aborts by itself when memory runs out; broken files abort through Nibble's errors, with their
+// message.
 #pragma once
 
 #include <algorithm>
@@ -87,8 +88,8 @@ inline constexpr SafetensorsTypeInfo safetensors_types[] = {
 
 /// The format's limit on the header.
 inline constexpr std::uint64_t safetensors_max_header = 100000000;
-/// Limits of ours on what no real file has: dimensions of a tensor, depth of values under keys that the format does
-/// not know (they are skipped).
+/// Limits of ours on what no real file has: dimensions of a tensor, depth of values under keys that the format
+/// does not know (they are skipped).
 inline constexpr std::size_t safetensors_max_rank = 64;
 inline constexpr int safetensors_max_depth = 32;
 
@@ -115,8 +116,8 @@ inline std::size_t safetensors_bytes(SafetensorsType type, const std::vector<std
   return bits / 8;
 }
 
-/// A tensor of a safetensors file, in C order. `data` lies in the map and may have any alignment: the format pads its
-/// header to 8 bytes at most. It stays valid as long as any copy of the buffer lives.
+/// A tensor of a safetensors file, in C order. `data` lies in the map and may have any alignment: the format pads
+/// its header to 8 bytes at most. It stays valid as long as any copy of the buffer lives.
 struct SafetensorsTensor {
   std::string name;
   SafetensorsType type = SafetensorsType::u8;
@@ -299,8 +300,8 @@ class SafetensorsHeader {
 
 }  // namespace detail
 
-/// A safetensors file, opened for reading. Opening checks all of the format's rules; afterwards the tensors cover the
-/// data section without holes or overlaps. Copies share the map.
+/// A safetensors file, opened for reading. Opening checks all of the format's rules; afterwards the tensors cover
+/// the data section without holes or overlaps. Copies share the map.
 class SafetensorsFile {
  public:
   /// Maps `path`. Throws IoError, or FormatError for a file that breaks a rule.
@@ -420,13 +421,14 @@ class SafetensorsFile {
   std::vector<std::uint32_t> order_;
 };
 
-/// Writes a safetensors file. First metadata and declarations, then the tensors' data in any order and in pieces of
-/// any size, then commit(); a model larger than memory can be converted. The path holds its old content until then
-/// (AtomicFile).
+/// Writes a safetensors file. First metadata and declarations, then the tensors' data in any order and in pieces
+/// of any size, then commit(); a model larger than memory can be converted. The path holds its old content until
+/// then (AtomicFile).
 ///
-/// Tensors are laid out by what their sizes divide by (64 bytes and more first, then 32, 16 ...; among equals in the
-/// order of declaration), so that each begins at a multiple of its own element size; with alignment 64 the header is padded
-/// so that those whose size is a multiple of 64 bytes begin at a multiple of 64 in the file, and in memory once mapped.
+/// Tensors are laid out by what their sizes divide by (64 bytes and more first, then 32, 16 ...; among equals in
+/// the order of declaration), so that each begins at a multiple of its own element size; with alignment 64 the
+/// header is padded so that those whose size is a multiple of 64 bytes begin at a multiple of 64 in the file, and
+/// in memory once mapped.
 ///
 /// Misuse (a name twice, too many or missing bytes, a declaration after the first data) throws InvalidArgument.
 class SafetensorsWriter {
