@@ -353,7 +353,7 @@ void for_each_shape(const F& check) {
     s.k = 200;
     s.group_size = 64;
     s.shared_scale = true;
-    s.panels = 1;
+    s.panels = 3;
     check(s);
     s.rows = 1;
     check(s);

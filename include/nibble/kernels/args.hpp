@@ -62,7 +62,8 @@ struct PanelView {
 ///       x_scales == nullptr:  acc = fma(offset[c,g], float(S), acc)
 ///       else:                 acc = fma(offset[c,g] * x_scales[r,g], float(S), acc)
 ///
-/// scale_group_stride is 16 normally and 0 where the groups are the activations' own and all share one weight scale.
+/// scale_group_stride is 16 normally and 0 where the groups are the activations' own and all share one weight scale:
+/// scales and zeros are then [panel][16].
 struct IntGemmArgs {
   PanelView w;
   std::size_t panel_begin = 0;
@@ -70,7 +71,7 @@ struct IntGemmArgs {
   std::size_t scale_group_stride = panel_width;  // elements from one group's scales (and zeros) to the next's
   const std::int8_t* x = nullptr;                // [rows][x_stride], zero from k up to k_padded
   std::size_t x_stride = 0;                      // bytes; at least k_padded
-  const std::int32_t* x_sums = nullptr;          // [rows][sums_stride]: sum of x over each group
+  const std::int32_t* x_sums = nullptr;          // [rows][sums_stride]: sum of x over each group; never nullptr
   std::size_t sums_stride = 0;
   const float* x_scales = nullptr;               // [rows][sums_stride] or nullptr
   std::size_t rows = 0;

@@ -22,7 +22,8 @@ inline void gemm_int(const IntGemmArgs& a) noexcept {
         for (std::size_t g = 0; g < w.groups; ++g) {
           const std::size_t begin = g * w.group_size;
           const std::size_t end = begin + w.group_size < w.k ? begin + w.group_size : w.k;
-          const std::size_t param = (p * w.groups * panel_width) + g * a.scale_group_stride + lane;
+          const std::size_t stored_groups = a.scale_group_stride == 0 ? 1 : w.groups;
+          const std::size_t param = p * stored_groups * panel_width + g * a.scale_group_stride + lane;
           const std::int32_t zero = integer_zero(w, param);
           std::int32_t dot = 0;
           for (std::size_t k = begin; k < end; ++k) dot += (code_at(w, p, lane, k) - zero) * x[k];
