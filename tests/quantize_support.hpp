@@ -186,6 +186,10 @@ inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) 
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
+inline bool same_bytes(const nibble::Buffer& a, const nibble::Buffer& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size()) == 0);
+}
+
 /// A view of values in C order, for the erased entry.
 inline nibble::detail::InputView view_of(const Values& v) {
   nibble::detail::InputView view{v.x.data(), nibble::detail::ScalarType::fp32, {}};

@@ -150,6 +150,7 @@ class QuantizedTensor {
 
   /// Values of elements [begin, end) of line l, to out[0 .. end - begin). begin is even for the 4-bit formats.
   void dequantize_line(std::size_t l, std::size_t begin, std::size_t end, float* out) const {
+    if (begin == end) return;
     const detail::FpEnvironment environment;
     const std::uint8_t* line = line_data(l);
     const detail::LineParams where = layout_.params.line(l);
