@@ -1,10 +1,12 @@
 // A model into another format, tensor by tensor: memory is bounded by the largest tensor, whatever the model's size.
 #pragma once
 
+#include <regex.h>
+
 #include <Eigen/Core>
 #include <cstddef>
+#include <memory>
 #include <optional>
-#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,9 +17,34 @@
 
 namespace llm {
 
+/// An extended regular expression of POSIX; std::regex costs seconds of compile time.
+class Regex {
+ public:
+  explicit Regex(const std::string& pattern) {
+    auto* compiled = new regex_t;
+    const int error = ::regcomp(compiled, pattern.c_str(), REG_EXTENDED | REG_NOSUB);
+    if (error != 0) {
+      char why[128];
+      ::regerror(error, compiled, why, sizeof why);
+      delete compiled;
+      nibble::detail::raise<nibble::InvalidArgument>("regular expression '" + pattern + "': " + why);
+    }
+    compiled_ = std::shared_ptr<regex_t>(compiled, [](regex_t* r) {
+      ::regfree(r);
+      delete r;
+    });
+  }
+  bool found_in(const std::string& text) const {
+    return ::regexec(compiled_.get(), text.c_str(), 0, nullptr, 0) == 0;
+  }
+
+ private:
+  std::shared_ptr<regex_t> compiled_;
+};
+
 /// --keep REGEX=FORMAT: tensors whose name matches get this format; no format: they stay as they are.
 struct KeepRule {
-  std::regex pattern;
+  Regex pattern;
   std::optional<FormatSpec> format;
 };
 
@@ -26,12 +53,7 @@ inline KeepRule parse_keep(const std::string& text) {
   const std::size_t equals = text.rfind('=');
   nibble::detail::require(equals != std::string::npos && equals > 0, "--keep '", text,
                           "': expected REGEX=FORMAT, e.g. 'ffn_down=int8' or 'token_embd=same'");
-  KeepRule rule;
-  try {
-    rule.pattern = std::regex(text.substr(0, equals));
-  } catch (const std::regex_error& e) {
-    nibble::detail::raise<nibble::InvalidArgument>("--keep '" + text + "': bad regular expression: " + e.what());
-  }
+  KeepRule rule{Regex(text.substr(0, equals)), {}};
   const std::string format = text.substr(equals + 1);
   if (format != "same") rule.format = parse_format(format);
   return rule;
@@ -55,7 +77,7 @@ namespace quantize_detail {
 inline std::optional<FormatSpec> format_for(const QuantizePlan& plan, const TensorInfo& tensor) {
   if (!tensor.is_matrix()) return {};
   for (const KeepRule& rule : plan.keep)
-    if (std::regex_search(tensor.name, rule.pattern)) return rule.format;
+    if (rule.pattern.found_in(tensor.name)) return rule.format;
   // The embedding and the output layer are worth their bits: they stay unless named.
   if (tensor.name.compare(0, 4, "blk.") != 0) return {};
   return plan.format;
