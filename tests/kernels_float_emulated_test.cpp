@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels_float_checks.hpp"
+#include "nibble/kernels/avx512vnni/table.hpp"
 #include "nibble/kernels/dispatch.hpp"
 
 namespace nibble {
