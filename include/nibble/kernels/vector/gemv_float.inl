@@ -92,10 +92,12 @@ template <Decode kind>
 inline void gemv_kind(const FloatGemvArgs& a) noexcept {
   for (std::size_t row = 0; row < a.rows;) {
     const std::size_t left = a.rows - row;
-    if (left >= 3) {
-      gemv_tile<kind, 4, gemv_panels_4>(a, row);
+    // A table of two registers and 4 rows do not fit AVX2's sixteen: the sums would be spilled inside the FMA chains.
+    constexpr bool four = kind != Decode::levels || cheap_lookup;
+    if (four && left >= 3) {
+      if constexpr (four) gemv_tile<kind, 4, gemv_panels_4>(a, row);
       row += 4;
-    } else if (left == 2) {
+    } else if (left >= 2) {
       gemv_tile<kind, 2, gemv_panels_2>(a, row);
       row += 2;
     } else {
