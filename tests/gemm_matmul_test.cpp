@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <tuple>
 
 #include "gemm_support.hpp"
 #include "nibble/gemm/dense.hpp"
@@ -81,9 +82,9 @@ TEST(Matmul, IntegerActivationsEqualTheDefinition) {
         options.isa = isa;
         MatrixXf y = MatrixXf::Constant(static_cast<Index>(shape.n), shape.m, 7.0F);
         nibble::matmul(w, x, y, options);
-        ASSERT_EQ(bits(y), bits(expected)) << name_of(isa) << " " << name_of(c.scheme.format) << " "
-                                           << name_of(c.scheme.symmetry) << " " << c.name << " n " << shape.n << " k "
-                                           << shape.k << " m " << shape.m;
+        ASSERT_EQ(bits(y), bits(expected))
+            << name_of(isa) << " " << name_of(c.scheme.format) << " " << name_of(c.scheme.symmetry) << " "
+            << c.name << " n " << shape.n << " k " << shape.k << " m " << shape.m;
       }
     }
 }
@@ -109,7 +110,8 @@ TEST(Matmul, FloatActivationsEqualTheDequantizedProduct) {
         for (std::size_t r = 0; r < n; ++r)
           for (Index t = 0; t < m; ++t) {
             float acc = 0.0F;
-            for (std::size_t i = 0; i < k; ++i) acc = std::fma(values[r * k + i], x(static_cast<Index>(i), t), acc);
+            for (std::size_t i = 0; i < k; ++i)
+              acc = std::fma(values[r * k + i], x(static_cast<Index>(i), t), acc);
             expected(static_cast<Index>(r), t) = acc;
           }
         for (Isa isa : available_isas()) {
@@ -166,8 +168,8 @@ TEST(Matmul, AsymmetricActivations) {
     const std::vector<std::int32_t> token(codes.codes(t), codes.codes(t) + 75);
     // The codes describe the token to half a step.
     for (Index i = 0; i < 75; ++i)
-      EXPECT_NEAR(codes.scale(t) * static_cast<float>(token[static_cast<std::size_t>(i)] - codes.zero_point(t)), x(i, t),
-                  codes.scale(t) * 0.5001F);
+      EXPECT_NEAR(codes.scale(t) * static_cast<float>(token[static_cast<std::size_t>(i)] - codes.zero_point(t)),
+                  x(i, t), codes.scale(t) * 0.5001F);
     for (std::size_t r = 0; r < 20; ++r) {
       const float acc = naive_int(q, r, token, w.group_size());
       const float sum = naive_int(q, r, ones, w.group_size());
@@ -189,6 +191,77 @@ TEST(Matmul, AsymmetricActivations) {
   EXPECT_THROW(nibble::matmul(pack(q, lean), codes, y), InvalidArgument);
 }
 
+TEST(Matmul, GroupedActivationsEqualTheDefinition) {
+  unsigned seed = 77;
+  for (const Case& c : integer_cases())
+    for (const auto& [n, k, m] :
+         {std::tuple<std::size_t, std::size_t, Index>{1, 1, 1}, {17, 40, 3}, {36, 172, 1}, {20, 211, 19}}) {
+      const QuantizedTensor q = random_quantized(c.scheme, n, k, ++seed);
+      const PackedMatrix w = pack(q);
+      MatrixXf x = random_floats(static_cast<Index>(k), m, ++seed);
+      const std::size_t group = nibble::activation_group(w);
+      MatrixXf expected(static_cast<Index>(n), m);
+      for (Index t = 0; t < m; ++t)
+        for (std::size_t r = 0; r < n; ++r) {
+          float acc = 0.0F;
+          for (std::size_t begin = 0; begin < k; begin += group) {
+            const std::size_t end = std::min(begin + group, k);
+            float x_scale = 0.0F;
+            const std::vector<std::int32_t> codes =
+                naive_codes(x.col(t).segment(static_cast<Index>(begin), static_cast<Index>(end - begin)), x_scale);
+            std::int64_t dot = 0;
+            std::int64_t sum = 0;
+            for (std::size_t i = begin; i < end; ++i) {
+              dot += centred(q, r, i) * codes[i - begin];
+              sum += codes[i - begin];
+            }
+            const std::size_t p = q.param_index(r, begin);
+            float term = nibble::detail::rounded(q.scale(p) * static_cast<float>(dot));
+            if (c.scheme.symmetry == Symmetry::float_offset)
+              term = std::fma(q.offset(p), static_cast<float>(sum), term);
+            acc = std::fma(x_scale, term, acc);
+          }
+          expected(static_cast<Index>(r), t) = acc;
+        }
+      for (Isa isa : available_isas()) {
+        MatmulOptions options;
+        options.isa = isa;
+        options.activations = Activations::int8_grouped;
+        MatrixXf y(static_cast<Index>(n), m);
+        nibble::matmul(w, x, y, options);
+        ASSERT_EQ(bits(y), bits(expected))
+            << name_of(isa) << " " << name_of(c.scheme.format) << " " << name_of(c.scheme.symmetry) << " "
+            << c.name << " n " << n << " k " << k;
+      }
+      x(static_cast<Index>(k) - 1, 0) = std::numeric_limits<float>::infinity();
+      MatmulOptions options;
+      options.activations = Activations::int8_grouped;
+      MatrixXf y(static_cast<Index>(n), m);
+      nibble::matmul(w, x, y, options);
+      for (Index i = 0; i < y.rows(); ++i) ASSERT_TRUE(std::isnan(y(i, 0)));
+      if (m > 1) {
+        ASSERT_EQ(bits(y.rightCols(m - 1)), bits(expected.rightCols(m - 1)));
+      }
+    }
+}
+
+TEST(Matmul, GroupsThatDoNotFitAreRefused) {
+  const Scheme scheme = scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(64));
+  const PackedMatrix w = pack(random_quantized(scheme, 8, 128, 1));
+  const MatrixXf x = random_floats(128, 2, 1);
+  QuantizedActivations codes;
+  MatrixXf y(8, 2);
+  codes.assign(x, Activations::int8_grouped, nullptr, 48);
+  EXPECT_THROW(nibble::matmul(w, codes, y), InvalidArgument);
+  codes.assign(x, Activations::int8_grouped, nullptr, 128);
+  EXPECT_THROW(nibble::matmul(w, codes, y), InvalidArgument);
+  EXPECT_THROW(codes.assign(x, Activations::int8_grouped, nullptr, 24), InvalidArgument);
+  for (std::size_t group : {16, 32, 64}) {
+    codes.assign(x, Activations::int8_grouped, nullptr, group);
+    EXPECT_NO_THROW(nibble::matmul(w, codes, y));
+  }
+}
+
 TEST(Matmul, RawAccumulatorsAreExactAtTheExtremes) {
   for (const auto& [code, x_code] : {std::pair<int, int>{127, 127}, {-128, -128}, {-128, 127}, {127, -128}}) {
     const std::size_t k = 4099;
@@ -207,7 +280,8 @@ TEST(Matmul, RawAccumulatorsAreExactAtTheExtremes) {
       options.isa = isa;
       nibble::Int32Matrix y(3, 2);
       nibble::matmul_raw(w, activations, y, options);
-      for (Index i = 0; i < y.size(); ++i) ASSERT_EQ(y.data()[i], code * x_code * static_cast<int>(k)) << name_of(isa);
+      for (Index i = 0; i < y.size(); ++i)
+        ASSERT_EQ(y.data()[i], code * x_code * static_cast<int>(k)) << name_of(isa);
     }
   }
 }
@@ -316,7 +390,8 @@ TEST(Matmul, GeluIsItsTanhForm) {
 
 TEST(Matmul, NanAndInfStayInTheirToken) {
   for (Format f : {Format::int8, Format::int4}) {
-    const PackedMatrix w = pack(random_quantized(scheme_of(f, Symmetry::symmetric, Granularity::per_group(32)), 33, 70, 2));
+    const PackedMatrix w =
+        pack(random_quantized(scheme_of(f, Symmetry::symmetric, Granularity::per_group(32)), 33, 70, 2));
     const MatrixXf clean = random_floats(70, 4, 3);
     for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       MatrixXf x = clean;
@@ -366,7 +441,8 @@ TEST(Matmul, BatchedProductsEqualSeparateOnes) {
   std::vector<MatrixXf> ys;
   for (unsigned i = 0; i < 9; ++i) {
     const Format format = i % 3 == 0 ? Format::fp32 : i % 3 == 1 ? Format::int4 : Format::nf4;
-    ws.push_back(pack(random_quantized(scheme_of(format, Symmetry::symmetric, Granularity::per_group(16)), 10 + i, 20, i)));
+    ws.push_back(
+        pack(random_quantized(scheme_of(format, Symmetry::symmetric, Granularity::per_group(16)), 10 + i, 20, i)));
     xs.push_back(random_floats(20, 1 + i, i));
     expected.push_back(ws.back() * xs.back());
     ys.emplace_back(10 + i, 1 + i);

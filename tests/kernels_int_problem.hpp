@@ -59,7 +59,7 @@ struct Shape {
   std::size_t group_size = 0;   // 0: one group
   std::size_t panel_begin = 0;  // the product is of [panel_begin, panels)
   bool x_scales = false;
-  bool shared_scale = false;  // scale_group_stride 0
+  unsigned group_shift = 0;  // 2^shift groups share a scale
   bool raw = false;
   Values values = Values::random;
   std::size_t x_pad = 0;    // x_stride - k_padded
@@ -70,7 +70,7 @@ struct Shape {
     return std::string(nibble::name_of(format)) + " " + std::string(nibble::name_of(symmetry)) + " " +
            std::string(nibble::name_of(scale_type)) + " rows " + std::to_string(rows) + " panels " +
            std::to_string(panel_begin) + ".." + std::to_string(panels) + " k " + std::to_string(k) + " group " +
-           std::to_string(group_size) + (x_scales ? " x_scales" : "") + (shared_scale ? " shared_scale" : "") +
+           std::to_string(group_size) + (x_scales ? " x_scales" : "") + " shift " + std::to_string(group_shift) +
            (raw ? " raw" : "") + " values " + std::to_string(static_cast<int>(values)) + " x_pad " +
            std::to_string(x_pad) + " acc_pad " + std::to_string(acc_pad) + " gap " + std::to_string(gap);
   }
@@ -85,7 +85,7 @@ class Problem {
         k_padded_((shape.k + 7) / 8 * 8),
         group_size_(shape.group_size == 0 ? k_padded_ : shape.group_size),
         groups_((shape.k + group_size_ - 1) / group_size_),
-        scale_groups_(shape.shared_scale ? 1 : groups_),
+        scale_groups_(((groups_ - 1) >> shape.group_shift) + 1),
         x_stride_(k_padded_ + shape.x_pad),
         panel_bytes_(16 * k_padded_ * nibble::bits_of(shape.format) / 8),
         codes_(shape.panels * panel_bytes_),
@@ -114,7 +114,7 @@ class Problem {
     a.w.zeros = shape_.symmetry == nibble::Symmetry::symmetric ? nullptr : zeros_.data();
     a.panel_begin = shape_.panel_begin;
     a.panel_end = shape_.panels;
-    a.scale_group_stride = shape_.shared_scale ? 0 : 16;
+    a.group_shift = shape_.group_shift;
     a.x = reinterpret_cast<const std::int8_t*>(x_.data());
     a.x_stride = x_stride_;
     a.x_sums = reinterpret_cast<const std::int32_t*>(sums_.data());
@@ -149,7 +149,7 @@ class Problem {
         const std::size_t at = (r * acc_stride() + c - shape_.panel_begin * 16) * 4;
         float acc = 0.0F;
         for (std::size_t g = 0; g < groups_; ++g) {
-          const std::size_t sg = shape_.shared_scale ? 0 : g;
+          const std::size_t sg = g >> shape_.group_shift;
           std::int64_t zero = shape_.format == nibble::Format::int4 ? 8 : 0;
           if (shape_.symmetry == nibble::Symmetry::asymmetric) zero = zero_[c * scale_groups_ + sg];
           if (shape_.symmetry == nibble::Symmetry::float_offset) zero = 0;
@@ -165,15 +165,17 @@ class Problem {
             std::memcpy(result->data() + at, &d32, 4);
             continue;
           }
-          float scale = scale_[c * scale_groups_ + sg];
-          float offset = offset_[c * scale_groups_ + sg];
+          const float scale = scale_[c * scale_groups_ + sg];
+          const float offset = offset_[c * scale_groups_ + sg];
+          const bool has_offset = shape_.symmetry == nibble::Symmetry::float_offset;
           if (shape_.x_scales) {
-            scale = nibble::detail::rounded(scale * x_scale(r, g));
-            offset = nibble::detail::rounded(offset * x_scale(r, g));
+            float t = nibble::detail::rounded(scale * static_cast<float>(d));
+            if (has_offset) t = std::fma(offset, static_cast<float>(s), t);
+            acc = std::fma(x_scale(r, g), t, acc);
+          } else {
+            acc = std::fma(scale, static_cast<float>(d), acc);
+            if (has_offset) acc = std::fma(offset, static_cast<float>(s), acc);
           }
-          acc = std::fma(scale, static_cast<float>(d), acc);
-          if (shape_.symmetry == nibble::Symmetry::float_offset)
-            acc = std::fma(offset, static_cast<float>(s), acc);
         }
         if (!shape_.raw) std::memcpy(result->data() + at, &acc, 4);
       }
@@ -352,9 +354,12 @@ void for_each_shape(const F& check) {
     s.rows = 6;
     s.k = 200;
     s.group_size = 64;
-    s.shared_scale = true;
+    s.group_shift = 63;
     s.panels = 3;
     check(s);
+    s.group_shift = 1;
+    check(s);
+    s.group_shift = 63;
     s.rows = 1;
     check(s);
   });

@@ -158,9 +158,10 @@ class BasicRunner {
       options.workspace = &runner_.workspace_;
       if (runner_.options_.activations == nibble::Activations::fp32 || !nibble::is_integer(w.format()))
         return nibble::matmul(w, x_.leftCols(n_), y.leftCols(n_), options);
-      if (!quantized_) {
-        runner_.quantized_.assign(x_.leftCols(n_), nibble::Activations::int8, options.pool);
-        quantized_ = true;
+      // A scale for each group of inputs: with one a token, this size of model loses 4 % of its perplexity.
+      if (const std::size_t group = nibble::activation_group(w); quantized_ != group) {
+        runner_.quantized_.assign(x_.leftCols(n_), nibble::Activations::int8_grouped, options.pool, group);
+        quantized_ = group;
       }
       nibble::matmul(w, runner_.quantized_, y.leftCols(n_), options);
     }
@@ -169,7 +170,7 @@ class BasicRunner {
     BasicRunner& runner_;
     const Matrix& x_;
     Eigen::Index n_;
-    bool quantized_ = false;
+    std::size_t quantized_ = 0;  // the group size of runner_.quantized_, once it holds x
   };
 
   /// n tokens through all layers: x_ holds their hidden states after the last.

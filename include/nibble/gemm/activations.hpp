@@ -1,4 +1,4 @@
-// Activations as INT8 codes, one scale a token.
+// Activations as INT8 codes, one scale a token or one a token and group of inputs.
 #pragma once
 
 #include <Eigen/Core>
@@ -21,6 +21,7 @@ enum class Activations : std::uint8_t {
   automatic,        ///< int8 for int8 and int4 weights, fp32 for the others
   fp32,             ///< floats; the product equals that of the dequantized weights
   int8,             ///< quantized inside, symmetric, one scale a token
+  int8_grouped,     ///< quantized inside, symmetric, one scale a token and group of inputs: closer to floats
   int8_asymmetric,  ///< quantized inside with a zero point a token
 };
 
@@ -28,13 +29,15 @@ namespace detail {
 
 /// Quantized activations as drivers see them.
 struct ActivationView {
-  const std::int8_t* codes = nullptr;       // [tokens][stride], zero from k on
+  const std::int8_t* codes = nullptr;  // [tokens][stride], zero from k on
   std::size_t stride = 0;
-  const std::int32_t* block_sums = nullptr; // [tokens][stride / 16]
-  const float* scales = nullptr;            // [tokens]
-  const float* zeros = nullptr;             // [tokens] or nullptr: symmetric
+  const std::int32_t* block_sums = nullptr;  // [tokens][stride / 16]
+  const float* scales = nullptr;             // [tokens][groups]
+  const float* zeros = nullptr;              // [tokens] or nullptr: symmetric
   std::size_t tokens = 0;
   std::size_t inputs = 0;
+  std::size_t group_size = 0;  // 0: one scale a token
+  std::size_t groups = 1;
 };
 
 }  // namespace detail
@@ -44,32 +47,46 @@ struct ActivationView {
 /// safe, assigning is not.
 class QuantizedActivations {
  public:
+  /// Group of int8_grouped for weights that have one scale a channel.
+  static constexpr std::size_t default_group = 32;
+
   QuantizedActivations() = default;
 
-  /// Quantizes x, one scale a token (`kind` int8 or automatic: absmax / 127; int8_asymmetric: with a zero point).
-  /// A token with a NaN or an Inf gets the scale NaN: its outputs are NaN, no other token's are.
+  /// Quantizes x: absmax / 127 a token (`kind` int8 or automatic), with a zero point a token (int8_asymmetric), or
+  /// absmax / 127 a token and group (int8_grouped). Groups are `group_size` inputs, a multiple of 16: that of the weights
+  /// or that divided by a power of two, anything where they have one scale a channel; activation_group(w) suits. A token with a NaN or an Inf gets a scale NaN: its
+  /// outputs are NaN, no other token's are.
   void assign(const ConstMatrixRef& x, Activations kind = Activations::int8, ThreadPool* pool = nullptr,
-              const detail::KernelTable& kernels = detail::kernels()) {
-    detail::require(kind != Activations::fp32, "activations kind is fp32, expected int8 or int8_asymmetric");
+              std::size_t group_size = default_group, const detail::KernelTable& kernels = detail::kernels()) {
+    detail::require(kind != Activations::fp32,
+                    "activations kind is fp32, expected int8, int8_grouped or int8_asymmetric");
+    detail::require(kind != Activations::int8_grouped || (group_size != 0 && group_size % 16 == 0),
+                    "activation group_size is ", group_size, ", expected a multiple of 16");
     const detail::FpEnvironment environment;
     const bool symmetric = kind != Activations::int8_asymmetric;
-    resize(x.rows(), x.cols(), symmetric);
+    resize(x.rows(), x.cols(), symmetric, kind == Activations::int8_grouped ? group_size : 0);
     const std::size_t x_stride = static_cast<std::size_t>(x.outerStride());
     const auto task = [&](std::size_t t, std::size_t) {
       const std::size_t first = t * rows_a_task;
-      detail::QuantizeRowsArgs args;
-      args.x = x.data() + first * x_stride;
-      args.x_stride = x_stride;
-      args.rows = std::min(rows_a_task, view_.tokens - first);
-      args.k = view_.inputs;
-      args.symmetric = symmetric;
-      args.q = codes_ + first * view_.stride;
-      args.q_stride = view_.stride;
-      args.scales = scales_ + first;
-      args.zeros = integer_zeros_ + first;
-      kernels.quantize_rows(args);
-      for (std::size_t r = first; r < first + args.rows; ++r) zeros_[r] = static_cast<float>(integer_zeros_[r]);
-      kernels.block_sums(args.q, args.rows * view_.stride, sums_ + first * view_.stride / 16);
+      const std::size_t rows = std::min(rows_a_task, view_.tokens - first);
+      std::int8_t* codes = codes_ + first * view_.stride;
+      if (view_.group_size != 0) {
+        for (std::size_t r = first; r < first + rows; ++r) quantize_groups(kernels, x.data() + r * x_stride, r);
+      } else {
+        detail::QuantizeRowsArgs args;
+        args.x = x.data() + first * x_stride;
+        args.x_stride = x_stride;
+        args.rows = rows;
+        args.k = view_.inputs;
+        args.symmetric = symmetric;
+        args.q = codes;
+        args.q_stride = view_.stride;
+        args.scales = scales_ + first;
+        args.zeros = integer_zeros_ + first;
+        kernels.quantize_rows(args);
+        for (std::size_t r = first; r < first + rows; ++r) zeros_[r] = static_cast<float>(integer_zeros_[r]);
+      }
+      kernels.block_sums(codes, rows * view_.stride, sums_ + first * view_.stride / 16);
     };
     detail::for_tasks(pool, detail::ceil_div(view_.tokens, rows_a_task), task);
   }
@@ -80,11 +97,12 @@ class QuantizedActivations {
                     ", expected a positive number");
     detail::require(zero_point >= -128 && zero_point <= 127, "activation zero_point is ", zero_point,
                     ", expected -128 to 127");
-    resize(codes.rows(), codes.cols(), zero_point == 0);
+    resize(codes.rows(), codes.cols(), zero_point == 0, 0);
     for (std::size_t r = 0; r < view_.tokens; ++r) {
       std::int8_t* row = codes_ + r * view_.stride;
       std::memset(row, 0, view_.stride);
-      if (view_.inputs != 0) std::memcpy(row, codes.data() + r * static_cast<std::size_t>(codes.outerStride()), view_.inputs);
+      if (view_.inputs != 0)
+        std::memcpy(row, codes.data() + r * static_cast<std::size_t>(codes.outerStride()), view_.inputs);
       scales_[r] = scale;
       zeros_[r] = static_cast<float>(zero_point);
       integer_zeros_[r] = zero_point;
@@ -95,9 +113,15 @@ class QuantizedActivations {
   Eigen::Index inputs() const noexcept { return static_cast<Eigen::Index>(view_.inputs); }
   Eigen::Index tokens() const noexcept { return static_cast<Eigen::Index>(view_.tokens); }
   bool symmetric() const noexcept { return view_.zeros == nullptr; }
+  /// Inputs that share a scale; 0 where a token has one.
+  std::size_t group_size() const noexcept { return view_.group_size; }
   /// inputs() codes of token t.
-  const std::int8_t* codes(Eigen::Index t) const { return view_.codes + static_cast<std::size_t>(t) * view_.stride; }
-  float scale(Eigen::Index t) const { return scales_[t]; }
+  const std::int8_t* codes(Eigen::Index t) const {
+    return view_.codes + static_cast<std::size_t>(t) * view_.stride;
+  }
+  float scale(Eigen::Index t, std::size_t group = 0) const {
+    return scales_[static_cast<std::size_t>(t) * view_.groups + group];
+  }
   std::int32_t zero_point(Eigen::Index t) const { return integer_zeros_[t]; }
 
   const detail::ActivationView& view() const noexcept { return view_; }
@@ -105,7 +129,33 @@ class QuantizedActivations {
  private:
   static constexpr std::size_t rows_a_task = 16;
 
-  void resize(Eigen::Index inputs, Eigen::Index tokens, bool symmetric) {
+  /// A token's groups are rows to the kernel: full ones at once, the shorter last one after.
+  void quantize_groups(const detail::KernelTable& kernels, const float* x, std::size_t token) {
+    std::int8_t* codes = codes_ + token * view_.stride;
+    const std::size_t full = view_.inputs / view_.group_size;
+    const std::size_t rest = view_.inputs % view_.group_size;
+    detail::QuantizeRowsArgs args;
+    args.x = x;
+    args.x_stride = view_.group_size;
+    args.rows = full;
+    args.k = view_.group_size;
+    args.q = codes;
+    args.q_stride = view_.group_size;
+    args.scales = scales_ + token * view_.groups;
+    kernels.quantize_rows(args);
+    const std::size_t done = full * view_.group_size;
+    std::memset(codes + done, 0, view_.stride - done);
+    if (rest == 0) return;
+    args.x = x + done;
+    args.rows = 1;
+    args.k = rest;
+    args.q = codes + done;
+    args.q_stride = rest;
+    args.scales += full;
+    kernels.quantize_rows(args);
+  }
+
+  void resize(Eigen::Index inputs, Eigen::Index tokens, bool symmetric, std::size_t group_size) {
     const auto m = static_cast<std::size_t>(tokens);
     const auto k = static_cast<std::size_t>(inputs);
     // One line more than needed: rows whose distance is a power of two would share a few cache sets.
@@ -113,7 +163,8 @@ class QuantizedActivations {
     detail::ScratchPlan plan;
     const std::size_t codes = plan.add(m, stride);
     const std::size_t sums = plan.add(m, stride / 16 * sizeof(std::int32_t));
-    const std::size_t scales = plan.add(m, sizeof(float));
+    const std::size_t groups = group_size == 0 ? 1 : detail::ceil_div(k, group_size);
+    const std::size_t scales = plan.add(m, groups * sizeof(float));
     const std::size_t zeros = plan.add(m, sizeof(float));
     const std::size_t integer_zeros = plan.add(m, sizeof(std::int32_t));
     std::uint8_t* base = memory_.take(plan.total());
@@ -122,7 +173,7 @@ class QuantizedActivations {
     scales_ = reinterpret_cast<float*>(base + scales);
     zeros_ = reinterpret_cast<float*>(base + zeros);
     integer_zeros_ = reinterpret_cast<std::int32_t*>(base + integer_zeros);
-    view_ = {codes_, stride, sums_, scales_, symmetric ? nullptr : zeros_, m, k};
+    view_ = {codes_, stride, sums_, scales_, symmetric ? nullptr : zeros_, m, k, group_size, groups};
   }
 
   Workspace memory_;

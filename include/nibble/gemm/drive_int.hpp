@@ -23,7 +23,7 @@ struct Output {
   std::int8_t* codes = nullptr;
   std::int32_t* raw = nullptr;
   std::size_t stride = 0;
-  float scale = 1.0F;        // of codes
+  float scale = 1.0F;  // of codes
   std::int32_t zero = 0;
 };
 
@@ -61,6 +61,17 @@ inline void finish_tile(const KernelTable& kernels, const float* acc, std::size_
   kernels.epilogue(args);
 }
 
+/// What stands for "no shift makes these groups fit".
+inline constexpr unsigned no_group_shift = 64;
+
+/// IntGemmArgs::group_shift for activations in groups of `group` inputs: 2^shift of them make one of the weights'.
+inline unsigned activation_group_shift(const PackedMatrix& w, std::size_t group) noexcept {
+  if (w.groups() <= 1) return 63;
+  for (unsigned shift = 0; shift < 16; ++shift)
+    if (group << shift == w.group_size()) return shift;
+  return no_group_shift;
+}
+
 /// One product of packed integer weights with quantized activations, cut into independent tasks: a range of panels
 /// with all the tokens of a range. No task splits k, so bits depend neither on the tasks nor on who runs them.
 class IntJob {
@@ -69,6 +80,11 @@ class IntJob {
   IntJob(const KernelTable& kernels, const PackedMatrix& w, const ActivationView& x, const Epilogue& epilogue,
          const Output& out, std::size_t threads)
       : kernels_(&kernels), w_(&w), view_(w.view()), x_(x), epilogue_(&epilogue), out_(out) {
+    if (x.group_size != 0) {
+      group_shift_ = activation_group_shift(w, x.group_size);
+      view_.group_size = x.group_size;
+      view_.groups = x.groups;
+    }
     const std::size_t panels = w.panels();
     block_ = std::min(x.tokens, max_block);
     // A tile of accumulators fits the L1 cache beside what feeds it.
@@ -119,10 +135,12 @@ class IntJob {
       args.w = view_;
       args.panel_begin = panel_begin;
       args.panel_end = panel_end;
+      args.group_shift = group_shift_;
       args.x = x_.codes + t * x_.stride;
       args.x_stride = x_.stride;
       args.x_sums = sums_ + t * view_.groups;
       args.sums_stride = view_.groups;
+      if (x_.group_size != 0) args.x_scales = x_.scales + t * view_.groups;
       args.rows = std::min(block_, token_end - t);
       args.acc = tile;
       args.acc_stride = (panel_end - panel_begin) * panel_width;
@@ -139,8 +157,9 @@ class IntJob {
                       channels * sizeof(std::int32_t));
         continue;
       }
-      finish_tile(*kernels_, tile, args.acc_stride, t, args.rows, channel, channels, x_.scales, x_.zeros,
-                  w_->channel_sums().as<float>(), *epilogue_, out_);
+      finish_tile(*kernels_, tile, args.acc_stride, t, args.rows, channel, channels,
+                  x_.group_size == 0 ? x_.scales : nullptr, x_.zeros, w_->channel_sums().as<float>(), *epilogue_,
+                  out_);
     }
   }
 
@@ -155,6 +174,7 @@ class IntJob {
   const Epilogue* epilogue_ = nullptr;
   Output out_;
   const std::int32_t* sums_ = nullptr;
+  unsigned group_shift_ = 0;
   std::size_t block_ = 0;
   std::size_t chunk_ = 0;
   std::size_t panel_tasks_ = 0;

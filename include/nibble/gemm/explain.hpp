@@ -30,25 +30,27 @@ inline std::string explain(const PackedMatrix& w, Eigen::Index tokens, const Mat
   } else if (kernels.isa != Isa::avx512vnni) {
     const char* limit = std::getenv("NIBBLE_MAX_ISA");
     const Isa better = kernels.isa == Isa::scalar ? Isa::avx2 : Isa::avx512vnni;
-    why = !isa_available(better)
-              ? detail::concat("this CPU or operating system lacks ", name_of(better))
-              : detail::concat("NIBBLE_MAX_ISA is ", limit == nullptr ? "" : limit, "; the CPU could run ", name_of(better));
+    why = !isa_available(better) ? detail::concat("this CPU or operating system lacks ", name_of(better))
+                                 : detail::concat("NIBBLE_MAX_ISA is ", limit == nullptr ? "" : limit,
+                                                  "; the CPU could run ", name_of(better));
   } else {
     why = "the best there is";
   }
   text += detail::concat(" (", why, ")\nweights: ", w.rows(), " x ", w.cols(), " ", name_of(w.format()));
   if (has_scales(w.format()))
-    text += detail::concat(" ", name_of(w.symmetry()), ", ", w.groups(), w.groups() == 1 ? " group" : " groups", " of ",
-                           w.group_size(), ", ", name_of(w.scale_type()), " scales");
+    text += detail::concat(" ", name_of(w.symmetry()), ", ", w.groups(), w.groups() == 1 ? " group" : " groups",
+                           " of ", w.group_size(), ", ", name_of(w.scale_type()), " scales");
   text += detail::concat(", layout ", w.layout(), ", ", w.panels(), " panels of ", detail::panel_width,
                          " channels\nactivations: ",
-                         !integers                               ? "fp32"
+                         !integers                              ? "fp32"
                          : kind == Activations::int8_asymmetric ? "int8 with a zero point, one scale a token"
-                                                                 : "int8, one scale a token");
+                         : kind == Activations::int8_grouped    ? "int8, one scale a token and group"
+                                                                : "int8, one scale a token");
   if (kind == Activations::fp32 && is_integer(w.format()))
     text += " (weights are dequantized; int8 activations would be faster)";
-  text += detail::concat("\ntokens: ", tokens, ", threads: ", options.pool == nullptr ? 1 : options.pool->threads(),
-                         options.pool == nullptr ? " (no pool given)" : "");
+  text +=
+      detail::concat("\ntokens: ", tokens, ", threads: ", options.pool == nullptr ? 1 : options.pool->threads(),
+                     options.pool == nullptr ? " (no pool given)" : "");
   return text + "\n";
 }
 

@@ -26,9 +26,9 @@ inline namespace NIBBLE_ABI {
 struct MatmulOptions {
   Activations activations = Activations::automatic;
   Epilogue epilogue = {};
-  ThreadPool* pool = nullptr;         ///< nullptr: the calling thread alone
-  Workspace* workspace = nullptr;     ///< nullptr: one that the calling thread keeps
-  std::optional<Isa> isa = {};        ///< empty: the best that the CPU and NIBBLE_MAX_ISA allow
+  ThreadPool* pool = nullptr;      ///< nullptr: the calling thread alone
+  Workspace* workspace = nullptr;  ///< nullptr: one that the calling thread keeps
+  std::optional<Isa> isa = {};     ///< empty: the best that the CPU and NIBBLE_MAX_ISA allow
 };
 
 /// Scale and zero point of INT8 outputs: code = clamp(rne(y / scale) + zero_point, -128, 127).
@@ -36,6 +36,13 @@ struct Int8Output {
   float scale = 1.0F;
   std::int32_t zero_point = 0;
 };
+
+/// Group of int8_grouped activations that suits these weights: 32 where 2^i of these make one of theirs, or where they
+/// have one scale a channel; else the weights' own.
+inline std::size_t activation_group(const PackedMatrix& w) noexcept {
+  constexpr std::size_t usual = QuantizedActivations::default_group;
+  return detail::activation_group_shift(w, usual) != detail::no_group_shift ? usual : w.group_size();
+}
 
 namespace detail {
 
@@ -65,9 +72,13 @@ inline void check_product(const PackedMatrix& w, Eigen::Index x_rows, Eigen::Ind
 }
 
 inline void check_int(const PackedMatrix& w, const QuantizedActivations& x) {
-  require(is_integer(w.format()), "x is quantized but the weights are ", name_of(w.format()), ", expected int8 or int4");
+  require(is_integer(w.format()), "x is quantized but the weights are ", name_of(w.format()),
+          ", expected int8 or int4");
   require(x.symmetric() || !w.channel_sums().empty() || w.rows() == 0,
           "x has zero points, but w was packed without channel_sums (PackOptions)");
+  require(x.group_size() == 0 || activation_group_shift(w, x.group_size()) != no_group_shift, "x has groups of ",
+          x.group_size(), ", w has groups of ", w.group_size(),
+          ": expected w's, or w's divided by a power of two");
 }
 
 inline void run_int(const PackedMatrix& w, const QuantizedActivations& x, const Output& out,
@@ -111,8 +122,8 @@ inline void matmul(const PackedMatrix& w, const QuantizedActivations& x, Int8Mat
   detail::check_int(w, x);
   detail::require(output.scale > 0.0F && detail::scalar::is_finite(output.scale), "output scale is ", output.scale,
                   ", expected a positive number");
-  detail::require(output.zero_point >= -128 && output.zero_point <= 127, "output zero_point is ", output.zero_point,
-                  ", expected -128 to 127");
+  detail::require(output.zero_point >= -128 && output.zero_point <= 127, "output zero_point is ",
+                  output.zero_point, ", expected -128 to 127");
   detail::Output out;
   out.codes = y.data();
   out.stride = static_cast<std::size_t>(y.outerStride());
@@ -130,6 +141,8 @@ inline void matmul_raw(const PackedMatrix& w, const QuantizedActivations& x, Int
   detail::require(w.groups() <= 1 && w.symmetry() != Symmetry::float_offset,
                   "raw accumulators need one integer sum a channel, w has ", w.groups(), " groups and is ",
                   name_of(w.symmetry()));
+  detail::require(x.group_size() == 0, "raw accumulators need one scale a token, x has groups of ",
+                  x.group_size());
   detail::Output out;
   out.raw = y.data();
   out.stride = static_cast<std::size_t>(y.outerStride());
@@ -138,8 +151,8 @@ inline void matmul_raw(const PackedMatrix& w, const QuantizedActivations& x, Int
 
 /// y = epilogue(w * x): w n x k packed, x k x m floats (a token a column), y n x m. x and y must not overlap.
 ///
-/// With int8 activations every token is quantized inside (absmax / 127, or with a zero point); a NaN or an Inf makes
-/// that token's outputs NaN and no other's. With fp32 activations the result is that of the dequantized weights,
+/// With int8 activations every token is quantized inside (absmax / 127, with a zero point, or group by group); a NaN or an
+/// Inf makes that token's outputs NaN and no other's. With fp32 activations the result is that of the dequantized weights,
 /// summed by one fma a k in ascending order. After the workspace has grown once, nothing is allocated as long as x is
 /// column-major memory. Throws InvalidArgument where shapes do not fit.
 template <class Derived>
@@ -154,7 +167,7 @@ void matmul(const PackedMatrix& w, const Eigen::MatrixBase<Derived>& x_in, Matri
   if (y.size() == 0) return;
   if (kind != Activations::fp32) {
     QuantizedActivations& quantized = detail::thread_activations();
-    quantized.assign(x, kind, options.pool, detail::kernels_of(options));
+    quantized.assign(x, kind, options.pool, activation_group(w), detail::kernels_of(options));
     detail::check_int(w, quantized);
     detail::run_int(w, quantized, detail::float_output(y), options);
     return;
@@ -163,8 +176,8 @@ void matmul(const PackedMatrix& w, const Eigen::MatrixBase<Derived>& x_in, Matri
   const detail::FloatView view = detail::float_view(x);
   const detail::PanelView panels = w.view();
   if (view.cols <= kernels.gemv_max_rows && view.rows != 0)
-    detail::run_float_gemv(kernels, panels, w.panels(), view, options.epilogue, detail::float_output(y), options.pool,
-                           detail::workspace_of(options));
+    detail::run_float_gemv(kernels, panels, w.panels(), view, options.epilogue, detail::float_output(y),
+                           options.pool, detail::workspace_of(options));
   else
     detail::run_float(kernels, detail::packed_source(panels), view, options.epilogue, detail::float_output(y),
                       options.pool, detail::workspace_of(options));
@@ -204,8 +217,8 @@ Eigen::MatrixXf operator*(const PackedMatrix& w, const Eigen::MatrixBase<Derived
 struct GroupedProduct {
   const PackedMatrix* w = nullptr;
   const QuantizedActivations* x = nullptr;
-  float* y = nullptr;             ///< n x m, column-major
-  Eigen::Index y_stride = 0;      ///< floats from one token to the next; at least n
+  float* y = nullptr;         ///< n x m, column-major
+  Eigen::Index y_stride = 0;  ///< floats from one token to the next; at least n
   Epilogue epilogue = {};
 };
 
@@ -228,8 +241,8 @@ inline void matmul_grouped(const GroupedProduct* products, std::size_t count, co
     detail::check_product(*p.w, p.x->inputs(), p.x->tokens(), p.w->rows(), p.x->tokens(), p.epilogue);
     detail::check_int(*p.w, *p.x);
     if (p.w->rows() == 0 || p.x->tokens() == 0) continue;
-    detail::require(p.y != nullptr && p.y_stride >= p.w->rows(), "grouped product ", i, " has y_stride ", p.y_stride,
-                    ", expected at least ", p.w->rows());
+    detail::require(p.y != nullptr && p.y_stride >= p.w->rows(), "grouped product ", i, " has y_stride ",
+                    p.y_stride, ", expected at least ", p.w->rows());
     detail::Output out;
     out.floats = p.y;
     out.stride = static_cast<std::size_t>(p.y_stride);
@@ -241,10 +254,10 @@ inline void matmul_grouped(const GroupedProduct* products, std::size_t count, co
 /// One product of a batch: w * x into y, any format of weights.
 struct BatchedProduct {
   const PackedMatrix* w = nullptr;
-  const float* x = nullptr;       ///< k x tokens, column-major
-  Eigen::Index x_stride = 0;      ///< floats from one token to the next; at least k
-  float* y = nullptr;             ///< n x tokens, column-major; overlaps no other product's x or y
-  Eigen::Index y_stride = 0;      ///< at least n
+  const float* x = nullptr;   ///< k x tokens, column-major
+  Eigen::Index x_stride = 0;  ///< floats from one token to the next; at least k
+  float* y = nullptr;         ///< n x tokens, column-major; overlaps no other product's x or y
+  Eigen::Index y_stride = 0;  ///< at least n
   Eigen::Index tokens = 0;
   Epilogue epilogue = {};
 };

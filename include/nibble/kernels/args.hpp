@@ -42,11 +42,16 @@ struct PanelView {
   std::size_t group_size = 0;
   std::size_t groups = 0;
   const std::uint8_t* codes = nullptr;
-  std::size_t panel_bytes = 0;          // from one panel's codes to the next's
-  const void* scales = nullptr;         // scale_type; nullptr for the float formats
-  const void* zeros = nullptr;          // symmetric: nullptr; asymmetric: int8_t; float_offset: scale_type
-  const float* codebook = nullptr;      // nf4: 16 levels
+  std::size_t panel_bytes = 0;      // from one panel's codes to the next's
+  const void* scales = nullptr;     // scale_type; nullptr for the float formats
+  const void* zeros = nullptr;      // symmetric: nullptr; asymmetric: int8_t; float_offset: scale_type
+  const float* codebook = nullptr;  // nf4: 16 levels
 };
+
+/// Groups that scales have where 2^shift of `groups` share one.
+constexpr std::size_t scale_groups(std::size_t groups, unsigned shift) noexcept {
+  return groups == 0 ? 0 : ((groups - 1) >> shift) + 1;
+}
 
 /// Integer product of packed int8/int4 weights with int8 activations, for panels [panel_begin, panel_end) and all of
 /// `rows` tokens. For token r and channel c (lane of a panel), in this order, every step rounded once:
@@ -55,29 +60,31 @@ struct PanelView {
 ///   for g = 0 .. groups-1:                              D, S exact in int32
 ///     D = sum over the group of (q[c,k] - zero[c,g]) * x[r,k]     (zero: 8 for symmetric int4, 0 for symmetric int8
 ///                                                                  and for float_offset)
-///     t = float(D)
-///     x_scales == nullptr:  acc = fma(scale[c,g], t, acc)
-///     else:                 acc = fma(scale[c,g] * x_scales[r,g], t, acc)
-///     float_offset, S = x_sums[r,g]:
-///       x_scales == nullptr:  acc = fma(offset[c,g], float(S), acc)
-///       else:                 acc = fma(offset[c,g] * x_scales[r,g], float(S), acc)
+///     x_scales == nullptr:
+///       acc = fma(scale[c,g], float(D), acc)
+///       float_offset, S = x_sums[r,g]:  acc = fma(offset[c,g], float(S), acc)
+///     else:
+///       t = scale[c,g] * float(D)
+///       float_offset:  t = fma(offset[c,g], float(S), t)
+///       acc = fma(x_scales[r,g], t, acc)
 ///
-/// scale_group_stride is 16 normally and 0 where the groups are the activations' own and all share one weight scale:
-/// scales and zeros are then [panel][16].
+/// The groups of D are those of the scales and zeros where group_shift is 0. Where activations have finer groups of
+/// their own, 2^group_shift groups of D share one of the scales', and w.group_size and w.groups are the finer ones; 63:
+/// all share one. Scales and zeros are [panel][scale_groups(w.groups, group_shift)][16].
 struct IntGemmArgs {
   PanelView w;
   std::size_t panel_begin = 0;
   std::size_t panel_end = 0;
-  std::size_t scale_group_stride = panel_width;  // elements from one group's scales (and zeros) to the next's
-  const std::int8_t* x = nullptr;                // [rows][x_stride], zero from k up to k_padded
-  std::size_t x_stride = 0;                      // bytes; at least k_padded
-  const std::int32_t* x_sums = nullptr;          // [rows][sums_stride]: sum of x over each group; never nullptr
+  unsigned group_shift = 0;
+  const std::int8_t* x = nullptr;        // [rows][x_stride], zero from k up to k_padded
+  std::size_t x_stride = 0;              // bytes; at least k_padded
+  const std::int32_t* x_sums = nullptr;  // [rows][sums_stride]: sum of x over each group; never nullptr
   std::size_t sums_stride = 0;
-  const float* x_scales = nullptr;               // [rows][sums_stride] or nullptr
+  const float* x_scales = nullptr;  // [rows][sums_stride] or nullptr
   std::size_t rows = 0;
-  float* acc = nullptr;                          // [rows][acc_stride]; lane j of panel p at (p - panel_begin)*16 + j
-  std::size_t acc_stride = 0;                    // floats; at least 16 * (panel_end - panel_begin)
-  std::int32_t* raw = nullptr;                   // same shape as acc: where set (groups == 1), D goes here instead
+  float* acc = nullptr;         // [rows][acc_stride]; lane j of panel p at (p - panel_begin)*16 + j
+  std::size_t acc_stride = 0;   // floats; at least 16 * (panel_end - panel_begin)
+  std::int32_t* raw = nullptr;  // same shape as acc: where set (groups == 1), D goes here instead
 };
 
 /// Dequantizes k in [k_begin, k_end) of panels [panel_begin, panel_end) to fp32:
@@ -102,12 +109,12 @@ struct FloatGemmArgs {
   const float* panels_data = nullptr;  // [panels][panel_stride]
   std::size_t panel_stride = 0;        // floats
   std::size_t panels = 0;
-  std::size_t depth = 0;               // number of k
+  std::size_t depth = 0;  // number of k
   const float* x = nullptr;
-  std::size_t x_tile_stride = 0;       // floats, from one tile's first k of this call to the next tile's
+  std::size_t x_tile_stride = 0;  // floats, from one tile's first k of this call to the next tile's
   std::size_t rows = 0;
   bool accumulate = false;
-  float* acc = nullptr;                // [rows][acc_stride]
+  float* acc = nullptr;  // [rows][acc_stride]
   std::size_t acc_stride = 0;
 };
 
@@ -117,10 +124,10 @@ struct FloatGemvArgs {
   PanelView w;
   std::size_t panel_begin = 0;
   std::size_t panel_end = 0;
-  const float* x = nullptr;      // [rows][x_stride]
-  std::size_t x_stride = 0;      // floats
+  const float* x = nullptr;  // [rows][x_stride]
+  std::size_t x_stride = 0;  // floats
   std::size_t rows = 0;
-  float* acc = nullptr;          // [rows][acc_stride]; lane j of panel p at (p - panel_begin)*16 + j
+  float* acc = nullptr;  // [rows][acc_stride]; lane j of panel p at (p - panel_begin)*16 + j
   std::size_t acc_stride = 0;
 };
 
@@ -144,31 +151,31 @@ struct DenseGemvArgs {
 /// A row that holds NaN or Inf gets scale NaN, zero 0 and codes 0.
 /// Bytes from k up to q_stride are set to 0.
 struct QuantizeRowsArgs {
-  const float* x = nullptr;          // [rows][x_stride]
-  std::size_t x_stride = 0;          // floats
+  const float* x = nullptr;  // [rows][x_stride]
+  std::size_t x_stride = 0;  // floats
   std::size_t rows = 0;
   std::size_t k = 0;
   bool symmetric = true;
-  std::int8_t* q = nullptr;          // [rows][q_stride]
-  std::size_t q_stride = 0;          // bytes; a multiple of 64, at least round_up(k, 8)
-  float* scales = nullptr;           // [rows]
-  std::int32_t* zeros = nullptr;     // [rows]; may be nullptr where symmetric
+  std::int8_t* q = nullptr;       // [rows][q_stride]
+  std::size_t q_stride = 0;       // bytes; at least k
+  float* scales = nullptr;        // [rows]
+  std::int32_t* zeros = nullptr;  // [rows]; may be nullptr where symmetric
 };
 
 enum class EpilogueOpKind : std::uint8_t {
-  scale,         // v * data[c]
-  bias,          // v + data[c]
-  add,           // v + data[r * stride + c]
-  multiply,      // v * data[r * stride + c]
-  relu,          // v <= 0 ? 0 : v (NaN stays)
-  silu,          // v / (1 + exp(-v))
-  gelu,          // v / (1 + exp(-2u)), u = sqrt(2/pi) * fma(0.044715, (v * v) * v, v): exp.hpp has the code
+  scale,     // v * data[c]
+  bias,      // v + data[c]
+  add,       // v + data[r * stride + c]
+  multiply,  // v * data[r * stride + c]
+  relu,      // v <= 0 ? 0 : v (NaN stays)
+  silu,      // v / (1 + exp(-v))
+  gelu,      // v / (1 + exp(-2u)), u = sqrt(2/pi) * fma(0.044715, (v * v) * v, v): exp.hpp has the code
 };
 
 struct EpilogueOp {
   EpilogueOpKind kind = EpilogueOpKind::relu;
-  const float* data = nullptr;   // channel (or row and channel) 0 of this call
-  std::size_t stride = 0;        // floats from one row to the next
+  const float* data = nullptr;  // channel (or row and channel) 0 of this call
+  std::size_t stride = 0;       // floats from one row to the next
 };
 
 /// Turns accumulators into outputs. For row r and channel c < cols, in this order:
@@ -189,7 +196,7 @@ struct EpilogueArgs {
   std::size_t op_count = 0;
   float* out = nullptr;
   std::int8_t* out_int8 = nullptr;
-  std::size_t out_stride = 0;    // elements
+  std::size_t out_stride = 0;  // elements
   float out_scale = 1.0F;
   std::int32_t out_zero = 0;
 };
@@ -198,7 +205,7 @@ struct EpilogueArgs {
 struct LineRange {
   float min = 0.0F;
   float max = 0.0F;
-  bool finite = true;            // false: some element is NaN or Inf; min and max then say nothing
+  bool finite = true;  // false: some element is NaN or Inf; min and max then say nothing
 };
 
 /// Codes of a line on one grid: q = clamp(rne(x / scale) + zero, qmin, qmax), sum and clamp in float.
@@ -206,11 +213,11 @@ struct QuantizeLineArgs {
   const float* x = nullptr;
   std::size_t n = 0;
   float scale = 1.0F;
-  float offset = 0.0F;           // float_offset: q = clamp(rne((x - offset) / scale), qmin, qmax)
+  float offset = 0.0F;  // float_offset: q = clamp(rne((x - offset) / scale), qmin, qmax)
   std::int32_t zero = 0;
   std::int32_t qmin = 0;
   std::int32_t qmax = 0;
-  std::int8_t* q = nullptr;      // one code a byte (uint8 where qmin >= 0: the same bits)
+  std::int8_t* q = nullptr;  // one code a byte (uint8 where qmin >= 0: the same bits)
 };
 
 /// Values of a line of codes on one grid: scale * float(q - zero); with an offset fma(scale, float(q), offset).

@@ -23,8 +23,9 @@ inline constexpr std::size_t prefetch_bytes = 2048;
 
 // From -2^shift * S, from -zero * S, or from what the group has so far.
 enum class Start { shifted, multiplied, partial };
-// Keep for the next chunk, or acc = fma(scale, D, acc), or that and the offset's term.
-enum class End { partial, scale, offset };
+// Keep for the next chunk, or the float steps: of IntGemmArgs, without and with offsets, for one scale a row and (x_)
+// for one a row and group.
+enum class End { partial, scale, offset, x_scale, x_offset };
 
 /// One pass of all rows over the weights in the registers.
 struct RowPass {
@@ -32,6 +33,7 @@ struct RowPass {
   std::size_t x_stride = 0;
   const std::int32_t* sums = nullptr;
   std::size_t sums_stride = 0;
+  const float* x_scales = nullptr;  // strided as sums
   std::size_t rows = 0;
   std::int32_t* partial = nullptr;  // [rows][8]
   float* acc = nullptr;             // [rows][8]
@@ -72,13 +74,22 @@ NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w)[Dots], const Params& params, 
     if (end == End::partial) {
       int_ops::store_int(pass.partial + 8 * r, d[r]);
     } else {
-      Float f = int_ops::fma(params.scale, int_ops::to_float(d[r]), int_ops::load_float(pass.acc + 8 * r));
-      if (end == End::offset) f = int_ops::fma(params.offset, int_ops::to_float(int_ops::broadcast4(sum)), f);
+      constexpr bool scaled_x = end == End::x_scale || end == End::x_offset;
+      const Float dots = int_ops::to_float(d[r]);
+      Float f = scaled_x ? int_ops::mul(params.scale, dots)
+                         : int_ops::fma(params.scale, dots, int_ops::load_float(pass.acc + 8 * r));
+      if (end == End::offset || end == End::x_offset)
+        f = int_ops::fma(params.offset, int_ops::to_float(int_ops::broadcast4(sum)), f);
+      if (scaled_x)
+        f = int_ops::fma(int_ops::set_float(pass.x_scales[static_cast<std::size_t>(r) * pass.sums_stride]), f,
+                         int_ops::load_float(pass.acc + 8 * r));
       int_ops::store_float(pass.acc + 8 * r, f);
     }
   }
   pass.x += static_cast<std::size_t>(Rows) * pass.x_stride;
   pass.sums += static_cast<std::size_t>(Rows) * pass.sums_stride;
+  if (end == End::x_scale || end == End::x_offset)
+    pass.x_scales += static_cast<std::size_t>(Rows) * pass.sums_stride;
   pass.partial += 8 * Rows;
   pass.acc += 8 * Rows;
 }
@@ -116,6 +127,17 @@ NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* codes, std::size_t uni
   rows_pass<8, Start::partial, end>(codes, params, pass);
 }
 
+template <End scale, End offset>
+NIBBLE_ALWAYS_INLINE void whole_group(Symmetry symmetry, const std::uint8_t* codes, std::size_t units,
+                                      const Params& params, const RowPass& pass) noexcept {
+  if (symmetry == Symmetry::symmetric)
+    whole_group<Start::shifted, scale>(codes, units, params, pass);
+  else if (symmetry == Symmetry::asymmetric)
+    whole_group<Start::multiplied, scale>(codes, units, params, pass);
+  else
+    whole_group<Start::shifted, offset>(codes, units, params, pass);
+}
+
 /// One group of any length and variant, in three steps: start values, products, float steps (or raw D, which stays
 /// in pass.partial).
 inline void any_group(const IntGemmArgs& a, const std::uint8_t* codes, std::size_t units, const Params& params,
@@ -148,7 +170,6 @@ inline void any_group(const IntGemmArgs& a, const std::uint8_t* codes, std::size
 inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
   alignas(32) std::int32_t partial[row_block * 8];
   alignas(32) float acc[row_block * 16];  // not a.acc, whose stride may put all rows in one cache set
-  const bool plain = a.raw == nullptr && a.x_scales == nullptr;
   Params params;
   params.shift = int_params::bias_shift<Codes4>(a.w.symmetry);
   const std::size_t step = rows <= few_rows ? panel_block : 1;
@@ -165,25 +186,24 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
       const std::size_t units = int_params::group_units(a.w, g);
       pass.x = a.x + row0 * a.x_stride + g * a.w.group_size;
       pass.sums = a.x_sums + row0 * a.sums_stride + g;
+      pass.x_scales = a.x_scales == nullptr ? nullptr : a.x_scales + row0 * a.sums_stride + g;
       for (std::size_t p = p0; p < p1; ++p) {
         const int_params::Panel panel = int_params::panel_at(a, p);
         const std::uint8_t* codes = panel.codes + g * a.w.group_size / k_unit * Codes4::unit_bytes;
         for (std::size_t half = 0; half < 2; ++half) {
           pass.acc = acc + ((p - p0) * 2 + half) * rows * 8;
-          const std::size_t param = panel.param + g * a.scale_group_stride + half * 8;
+          const std::size_t param = panel.param + int_params::param_offset(a, g) + half * 8;
           params.scale = a.raw == nullptr ? int_params::load_scale(a.w, param) : int_ops::zero_float();
           params.offset = a.raw == nullptr ? int_params::load_offset(a.w, param) : int_ops::zero_float();
           params.zero = a.w.symmetry == Symmetry::asymmetric ? int_params::total_zero<Codes4>(a.w, param)
                                                              : int_ops::zero_int();
           const std::uint8_t* at = codes + half * 32;
-          if (!plain || units % 4 != 0)
+          if (a.raw != nullptr || units % 4 != 0)
             any_group(a, at, units, params, pass, row0 * a.sums_stride + g);
-          else if (a.w.symmetry == Symmetry::symmetric)
-            whole_group<Start::shifted, End::scale>(at, units, params, pass);
-          else if (a.w.symmetry == Symmetry::asymmetric)
-            whole_group<Start::multiplied, End::scale>(at, units, params, pass);
+          else if (a.x_scales == nullptr)
+            whole_group<End::scale, End::offset>(a.w.symmetry, at, units, params, pass);
           else
-            whole_group<Start::shifted, End::offset>(at, units, params, pass);
+            whole_group<End::x_scale, End::x_offset>(a.w.symmetry, at, units, params, pass);
           if (a.raw != nullptr)
             for (std::size_t r = 0; r < rows; ++r)
               int_ops::store_int(a.raw + (row0 + r) * a.acc_stride + (p - a.panel_begin) * panel_width + half * 8,
@@ -228,7 +248,7 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel0) n
 #pragma GCC unroll 4
       for (int h = 0; h < halves; ++h) {
         const std::size_t param =
-            panel[h / 2].param + g * a.scale_group_stride + static_cast<std::size_t>(h % 2 * 8);
+            panel[h / 2].param + int_params::param_offset(a, g) + static_cast<std::size_t>(h % 2 * 8);
         d[r][h] = a.w.symmetry == Symmetry::asymmetric
                       ? int_params::start_multiplied(sum, int_params::total_zero<Codes4>(a.w, param))
                       : int_params::start_shifted(sum, shift);
@@ -273,7 +293,7 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel0) n
 #pragma GCC unroll 4
     for (int h = 0; h < halves; ++h) {
       const std::size_t param =
-          panel[h / 2].param + g * a.scale_group_stride + static_cast<std::size_t>(h % 2 * 8);
+          panel[h / 2].param + int_params::param_offset(a, g) + static_cast<std::size_t>(h % 2 * 8);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const std::size_t sum_index = (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g;

@@ -60,7 +60,7 @@ NIBBLE_ALWAYS_INLINE Segment segment_at(const IntGemmArgs& a, const Block& block
   segment.group = g;
   segment.begin = k - block.begin;
   segment.size = stop - k;
-  segment.param = block.param + g * a.scale_group_stride;
+  segment.param = block.param + int_params::param_offset(a, g);
   segment.first = k == group_begin;
   segment.last = stop == group_end;
   return segment;

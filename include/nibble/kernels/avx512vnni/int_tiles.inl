@@ -23,21 +23,22 @@ inline constexpr std::size_t prefetch_bytes = 2048;
 /// What a call needs at every group's end.
 struct Call {
   const IntGemmArgs& a;
-  bool plain;  // a group ends in acc = fma(scale, D, acc), and fma(offset, S, acc) where there are offsets
+  bool plain;  // a group ends in float steps, not in raw sums
   Int shift;   // of S, where zero + bias is a power of two
 };
 
 template <class Weights>
 NIBBLE_ALWAYS_INLINE Call call_of(const IntGemmArgs& a) noexcept {
-  return {a, a.raw == nullptr && a.x_scales == nullptr, int_params::bias_shift<Weights>(a.w.symmetry)};
+  return {a, a.raw == nullptr, int_params::bias_shift<Weights>(a.w.symmetry)};
 }
 
 // ---- weights stationary ----------------------------------------------------------------------------------------
 
 // From -2^shift * S, from -zero * S, or from what the group has so far.
 enum class Start { shifted, multiplied, partial };
-// Keep for the next chunk, or acc = fma(scale, D, acc), or that and the offset's term.
-enum class End { partial, scale, offset };
+// Keep for the next chunk, or the float steps: of IntGemmArgs, without and with offsets, for one scale a row and (x_)
+// for one a row and group.
+enum class End { partial, scale, offset, x_scale, x_offset };
 
 /// One pass of all rows over the weights in the registers.
 struct RowPass {
@@ -45,6 +46,7 @@ struct RowPass {
   std::size_t x_stride = 0;
   const std::int32_t* sums = nullptr;
   std::size_t sums_stride = 0;
+  const float* x_scales = nullptr;  // strided as sums
   std::size_t rows = 0;
   std::int32_t* partial = nullptr;  // [rows][2][16]
   float* acc = nullptr;             // [rows][2][16]
@@ -94,16 +96,24 @@ NIBBLE_ALWAYS_INLINE void rows_step(const Int (&w0)[Dots], const Int (&w1)[Dots]
         continue;
       }
       float* acc = pass.acc + 32 * r + 16 * p;
-      Float f = int_ops::fma(params.scale[p], int_ops::to_float(d[r][p]), int_ops::load_float(acc));
-      if (end == End::offset) {
+      constexpr bool scaled_x = end == End::x_scale || end == End::x_offset;
+      const Float dots = int_ops::to_float(d[r][p]);
+      Float f = scaled_x ? int_ops::mul(params.scale[p], dots)
+                         : int_ops::fma(params.scale[p], dots, int_ops::load_float(acc));
+      if (end == End::offset || end == End::x_offset) {
         const std::int32_t* sum = pass.sums + static_cast<std::size_t>(r) * pass.sums_stride;
         f = int_ops::fma(params.offset[p], int_ops::to_float(int_ops::broadcast4(sum)), f);
       }
+      if (scaled_x)
+        f = int_ops::fma(int_ops::set_float(pass.x_scales[static_cast<std::size_t>(r) * pass.sums_stride]), f,
+                         int_ops::load_float(acc));
       int_ops::store_float(acc, f);
     }
   }
   pass.x += static_cast<std::size_t>(Rows) * pass.x_stride;
   pass.sums += static_cast<std::size_t>(Rows) * pass.sums_stride;
+  if (end == End::x_scale || end == End::x_offset)
+    pass.x_scales += static_cast<std::size_t>(Rows) * pass.sums_stride;
   pass.partial += 32 * Rows;
   pass.acc += 32 * Rows;
 }
@@ -146,6 +156,17 @@ NIBBLE_ALWAYS_INLINE void whole_group(const std::uint8_t* const (&at)[2], std::s
     rows_pass<Weights, 8, Start::partial, End::partial>(codes, params, pass);
   }
   rows_pass<Weights, 8, Start::partial, end>(codes, params, pass);
+}
+
+template <class Weights, End scale, End offset>
+NIBBLE_ALWAYS_INLINE void whole_group(Symmetry symmetry, const std::uint8_t* const (&at)[2], std::size_t units,
+                                      const PairParams& params, const RowPass& pass) noexcept {
+  if (symmetry == Symmetry::symmetric)
+    whole_group<Weights, Start::shifted, scale>(at, units, params, pass);
+  else if (symmetry == Symmetry::asymmetric)
+    whole_group<Weights, Start::multiplied, scale>(at, units, params, pass);
+  else
+    whole_group<Weights, Start::shifted, offset>(at, units, params, pass);
 }
 
 /// One group of any length and variant, in three steps: start values, dot products, float steps (or raw D, which
@@ -212,8 +233,9 @@ inline void stationary(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
       const std::size_t units = int_params::group_units(w, g);
       const std::size_t sum_index = row0 * a.sums_stride + g;
       pass.sums = a.x_sums + sum_index;
+      pass.x_scales = a.x_scales == nullptr ? nullptr : a.x_scales + sum_index;
       for (std::size_t p = 0; p < 2; ++p) {
-        const std::size_t param = panel[p].param + g * a.scale_group_stride;
+        const std::size_t param = panel[p].param + int_params::param_offset(a, g);
         params.scale[p] = a.raw == nullptr ? int_params::load_scale(w, param) : int_ops::zero_float();
         params.offset[p] = a.raw == nullptr ? int_params::load_offset(w, param) : int_ops::zero_float();
         params.zero[p] =
@@ -221,12 +243,10 @@ inline void stationary(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
       }
       if (!call.plain || units % 4 != 0)
         any_group<Weights>(call, codes, units, params, pass, sum_index);
-      else if (w.symmetry == Symmetry::symmetric)
-        whole_group<Weights, Start::shifted, End::scale>(codes, units, params, pass);
-      else if (w.symmetry == Symmetry::asymmetric)
-        whole_group<Weights, Start::multiplied, End::scale>(codes, units, params, pass);
+      else if (a.x_scales == nullptr)
+        whole_group<Weights, End::scale, End::offset>(w.symmetry, codes, units, params, pass);
       else
-        whole_group<Weights, Start::shifted, End::offset>(codes, units, params, pass);
+        whole_group<Weights, End::x_scale, End::x_offset>(w.symmetry, codes, units, params, pass);
       codes[0] += units * Weights::unit_bytes;
       codes[1] += units * Weights::unit_bytes;
       pass.x += units * k_unit;
@@ -272,7 +292,7 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
     if (w.symmetry == Symmetry::asymmetric) {
 #pragma GCC unroll 8
       for (int p = 0; p < Panels; ++p) {
-        const Int zero = int_params::total_zero<Weights>(w, param[p] + g * a.scale_group_stride);
+        const Int zero = int_params::total_zero<Weights>(w, param[p] + int_params::param_offset(a, g));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) d[r][p] = int_params::start_multiplied(sums[r] + g, zero);
       }
@@ -319,8 +339,9 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
     }
     Float scale[Panels];
 #pragma GCC unroll 8
-    for (int p = 0; p < Panels; ++p) scale[p] = int_params::load_scale(w, param[p] + g * a.scale_group_stride);
-    if (call.plain && w.symmetry != Symmetry::float_offset) {
+    for (int p = 0; p < Panels; ++p)
+      scale[p] = int_params::load_scale(w, param[p] + int_params::param_offset(a, g));
+    if (a.x_scales == nullptr && w.symmetry != Symmetry::float_offset) {
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
@@ -331,8 +352,8 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
     Float weight_offset[Panels];
 #pragma GCC unroll 8
     for (int p = 0; p < Panels; ++p)
-      weight_offset[p] = int_params::load_offset(w, param[p] + g * a.scale_group_stride);
-    if (call.plain) {
+      weight_offset[p] = int_params::load_offset(w, param[p] + int_params::param_offset(a, g));
+    if (a.x_scales == nullptr) {
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const Float sum = int_ops::to_float(int_ops::broadcast4(sums[r] + g));
@@ -343,12 +364,20 @@ inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel) no
       }
       continue;
     }
+    const float* x_scales = a.x_scales + row0 * a.sums_stride + g;
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
+      const Float x_scale = int_ops::set_float(x_scales[static_cast<std::size_t>(r) * a.sums_stride]);
+      Float t[Panels];
 #pragma GCC unroll 8
-      for (int p = 0; p < Panels; ++p)
-        acc[r][p] = int_params::finish(a, scale[p], weight_offset[p], d[r][p],
-                                       (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g, acc[r][p]);
+      for (int p = 0; p < Panels; ++p) t[p] = int_ops::mul(scale[p], int_ops::to_float(d[r][p]));
+      if (w.symmetry == Symmetry::float_offset) {
+        const Float sum = int_ops::to_float(int_ops::broadcast4(sums[r] + g));
+#pragma GCC unroll 8
+        for (int p = 0; p < Panels; ++p) t[p] = int_ops::fma(weight_offset[p], sum, t[p]);
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < Panels; ++p) acc[r][p] = int_ops::fma(x_scale, t[p], acc[r][p]);
     }
   }
 #pragma GCC unroll 8

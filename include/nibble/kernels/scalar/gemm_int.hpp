@@ -22,8 +22,8 @@ inline void gemm_int(const IntGemmArgs& a) noexcept {
         for (std::size_t g = 0; g < w.groups; ++g) {
           const std::size_t begin = g * w.group_size;
           const std::size_t end = begin + w.group_size < w.k ? begin + w.group_size : w.k;
-          const std::size_t stored_groups = a.scale_group_stride == 0 ? 1 : w.groups;
-          const std::size_t param = p * stored_groups * panel_width + g * a.scale_group_stride + lane;
+          const std::size_t param =
+              (p * scale_groups(w.groups, a.group_shift) + (g >> a.group_shift)) * panel_width + lane;
           const std::int32_t zero = integer_zero(w, param);
           std::int32_t dot = 0;
           for (std::size_t k = begin; k < end; ++k) dot += (code_at(w, p, lane, k) - zero) * x[k];
@@ -31,14 +31,17 @@ inline void gemm_int(const IntGemmArgs& a) noexcept {
             a.raw[r * a.acc_stride + out] = dot;
             continue;
           }
-          float scale = scale_at(w, param);
-          const float x_scale = a.x_scales != nullptr ? a.x_scales[r * a.sums_stride + g] : 1.0F;
-          if (a.x_scales != nullptr) scale = rounded(scale * x_scale);
-          acc = std::fma(scale, static_cast<float>(dot), acc);
-          if (w.symmetry == Symmetry::float_offset) {
-            float offset = offset_at(w, param);
-            if (a.x_scales != nullptr) offset = rounded(offset * x_scale);
-            acc = std::fma(offset, static_cast<float>(a.x_sums[r * a.sums_stride + g]), acc);
+          const float scale = scale_at(w, param);
+          const bool has_offset = w.symmetry == Symmetry::float_offset;
+          const float offset = has_offset ? offset_at(w, param) : 0.0F;
+          const float sum = static_cast<float>(a.x_sums[r * a.sums_stride + g]);
+          if (a.x_scales == nullptr) {
+            acc = std::fma(scale, static_cast<float>(dot), acc);
+            if (has_offset) acc = std::fma(offset, sum, acc);
+          } else {
+            float t = rounded(scale * static_cast<float>(dot));
+            if (has_offset) t = std::fma(offset, sum, t);
+            acc = std::fma(a.x_scales[r * a.sums_stride + g], t, acc);
           }
         }
         if (a.raw == nullptr) a.acc[r * a.acc_stride + out] = acc;

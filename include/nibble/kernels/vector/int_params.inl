@@ -31,8 +31,12 @@ struct Panel {
 };
 
 NIBBLE_ALWAYS_INLINE Panel panel_at(const IntGemmArgs& a, std::size_t panel) noexcept {
-  const std::size_t groups = a.scale_group_stride == 0 ? 1 : a.w.groups;
-  return {a.w.codes + panel * a.w.panel_bytes, panel * groups * panel_width};
+  return {a.w.codes + panel * a.w.panel_bytes, panel * scale_groups(a.w.groups, a.group_shift) * panel_width};
+}
+
+/// Group g's parameters, from the panel's first.
+NIBBLE_ALWAYS_INLINE std::size_t param_offset(const IntGemmArgs& a, std::size_t g) noexcept {
+  return (g >> a.group_shift) * panel_width;
 }
 
 /// Units of 8 k that group g has.
@@ -82,14 +86,14 @@ NIBBLE_ALWAYS_INLINE Int start_multiplied(const std::int32_t* sum, Int zero) noe
 NIBBLE_ALWAYS_INLINE Float finish(const IntGemmArgs& a, Float scale, Float offset, Int d, std::size_t sum_index,
                                   Float acc) noexcept {
   const bool has_offset = a.w.symmetry == Symmetry::float_offset;
-  if (a.x_scales != nullptr) {
-    const Float xs = int_ops::set_float(a.x_scales[sum_index]);
-    scale = int_ops::mul(scale, xs);
-    if (has_offset) offset = int_ops::mul(offset, xs);
+  if (a.x_scales == nullptr) {
+    acc = int_ops::fma(scale, int_ops::to_float(d), acc);
+    if (has_offset) acc = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(a.x_sums + sum_index)), acc);
+    return acc;
   }
-  acc = int_ops::fma(scale, int_ops::to_float(d), acc);
-  if (has_offset) acc = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(a.x_sums + sum_index)), acc);
-  return acc;
+  Float t = int_ops::mul(scale, int_ops::to_float(d));
+  if (has_offset) t = int_ops::fma(offset, int_ops::to_float(int_ops::broadcast4(a.x_sums + sum_index)), t);
+  return int_ops::fma(int_ops::set_float(a.x_scales[sum_index]), t, acc);
 }
 
 }  // namespace int_params
