@@ -26,40 +26,51 @@ struct PanelSource {
   const void* context = nullptr;
   void (*fill)(const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end,
                std::size_t k_begin, std::size_t k_end, float* out, std::size_t stride) = nullptr;
+  /// Where the panels lie in memory as they are wanted, [depth][16] each, ready_stride floats apart; else nullptr.
+  const float* ready = nullptr;
+  std::size_t ready_stride = 0;
 };
 
-/// Depth of a block of fp32 panels: two of them and a tile of activations share the L1 cache.
-inline constexpr std::size_t float_depth_block = 256;
+/// Depth of a block of fp32 panels: four of them and a tile of activations share the L1 cache. Panels that lie ready
+/// are not written there and go in blocks of twice that.
+inline constexpr std::size_t float_depth_block = 128;
 
 inline PanelSource packed_source(const PanelView& w) {
-  return {w.n, w.k, &w,
-          [](const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end, std::size_t k_begin,
-             std::size_t k_end, float* out, std::size_t stride) {
+  // A file's bytes may lie anywhere; floats are read in place where they are aligned as floats.
+  const bool ready = w.format == Format::fp32 && reinterpret_cast<std::uintptr_t>(w.codes) % alignof(float) == 0;
+  return {w.n,
+          w.k,
+          &w,
+          [](const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end,
+             std::size_t k_begin, std::size_t k_end, float* out, std::size_t stride) {
             kernels.unpack({*static_cast<const PanelView*>(context), begin, end, k_begin, k_end, out, stride});
-          }};
+          },
+          ready ? reinterpret_cast<const float*>(w.codes) : nullptr,
+          w.panel_bytes / sizeof(float)};
 }
 
 /// W^T: the outputs are w's inputs, the depth its channels.
 inline PanelSource transposed_source(const PanelView& w) {
-  return {w.k, w.n, &w,
-          [](const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end, std::size_t n_begin,
-             std::size_t n_end, float* out, std::size_t stride) {
-            const PanelView& view = *static_cast<const PanelView*>(context);
-            alignas(64) float block[panel_width * panel_width];
-            for (std::size_t p = begin; p < end; ++p) {
-              const std::size_t k_begin = p * panel_width;
-              const std::size_t width = std::min(panel_width, view.k - k_begin);
-              for (std::size_t n = n_begin; n < n_end; n += panel_width) {
-                const std::size_t source = n / panel_width;
-                kernels.unpack({view, source, source + 1, k_begin, k_begin + width, block, panel_width * panel_width});
-                const std::size_t height = std::min(panel_width, n_end - n);
-                float* to = out + (p - begin) * stride + (n - n_begin) * panel_width;
-                for (std::size_t i = 0; i < height; ++i)
-                  for (std::size_t j = 0; j < panel_width; ++j)
-                    to[i * panel_width + j] = j < width ? block[j * panel_width + i] : 0.0F;
-              }
-            }
-          }};
+  return {
+      w.k, w.n, &w,
+      [](const void* context, const KernelTable& kernels, std::size_t begin, std::size_t end, std::size_t n_begin,
+         std::size_t n_end, float* out, std::size_t stride) {
+        const PanelView& view = *static_cast<const PanelView*>(context);
+        alignas(64) float block[panel_width * panel_width];
+        for (std::size_t p = begin; p < end; ++p) {
+          const std::size_t k_begin = p * panel_width;
+          const std::size_t width = std::min(panel_width, view.k - k_begin);
+          for (std::size_t n = n_begin; n < n_end; n += panel_width) {
+            const std::size_t source = n / panel_width;
+            kernels.unpack({view, source, source + 1, k_begin, k_begin + width, block, panel_width * panel_width});
+            const std::size_t height = std::min(panel_width, n_end - n);
+            float* to = out + (p - begin) * stride + (n - n_begin) * panel_width;
+            for (std::size_t i = 0; i < height; ++i)
+              for (std::size_t j = 0; j < panel_width; ++j)
+                to[i * panel_width + j] = j < width ? block[j * panel_width + i] : 0.0F;
+          }
+        }
+      }};
 }
 
 /// A dense matrix anywhere in memory.
@@ -96,10 +107,12 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
   const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
   const std::size_t panels = ceil_div(source.outputs, panel_width);
   const std::size_t chunk = std::min(panels, kernels.float_panels);
-  const std::size_t block = std::min(tokens, 256 / height * height);
+  // Blocks of about 256 tokens, whole tiles, nearly equal ones.
+  const std::size_t block = std::min(tokens, round_up(ceil_div(tokens, ceil_div(tokens, 256)), height));
   const std::size_t panel_tasks = ceil_div(panels, chunk);
   const std::size_t token_tasks = ceil_div(tokens, block);
-  const std::size_t depth_block = std::min(depth, float_depth_block);
+  const std::size_t depth_block =
+      std::min(depth, source.ready != nullptr ? 2 * float_depth_block : float_depth_block);
 
   ScratchPlan plan;
   const std::size_t x_at = plan.add(checked_mul(tokens, depth, "activations"), sizeof(float));
@@ -133,10 +146,15 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
     if (depth == 0) std::memset(acc, 0, rows * acc_stride * sizeof(float));
     for (std::size_t k0 = 0; k0 < depth; k0 += depth_block) {
       const std::size_t count = std::min(depth_block, depth - k0);
-      source.fill(source.context, kernels, begin, end, k0, k0 + count, fp32_panels, panel_width * depth_block);
       FloatGemmArgs args;
-      args.panels_data = fp32_panels;
-      args.panel_stride = panel_width * depth_block;
+      if (source.ready != nullptr) {
+        args.panels_data = source.ready + begin * source.ready_stride + k0 * panel_width;
+        args.panel_stride = source.ready_stride;
+      } else {
+        source.fill(source.context, kernels, begin, end, k0, k0 + count, fp32_panels, panel_width * depth_block);
+        args.panels_data = fp32_panels;
+        args.panel_stride = panel_width * depth_block;
+      }
       args.panels = end - begin;
       args.depth = count;
       args.x = packed_x + k0 * tokens + token * count;
@@ -148,8 +166,8 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
       kernels.gemm_float(args);
     }
     const std::size_t channel = begin * panel_width;
-    finish_tile(kernels, acc, acc_stride, token, rows, channel, std::min(end * panel_width, source.outputs) - channel,
-                nullptr, nullptr, nullptr, epilogue, out);
+    finish_tile(kernels, acc, acc_stride, token, rows, channel,
+                std::min(end * panel_width, source.outputs) - channel, nullptr, nullptr, nullptr, epilogue, out);
   });
 }
 
