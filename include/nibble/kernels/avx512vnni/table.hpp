@@ -40,6 +40,7 @@ namespace floats {
 #include "nibble/kernels/vector/lines.inl"
 #include "nibble/kernels/vector/quantize_rows.inl"
 #include "nibble/kernels/vector/epilogue.inl"
+#include "nibble/kernels/vector/fill.inl"
 #undef NIBBLE_UNROLL
 }  // namespace floats
 
@@ -57,23 +58,7 @@ inline constexpr KernelTable table = [] {
   t.int_panels = int_tiles::tile_panels;
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
-  t.float_tile_rows = floats::gemm_rows;
-  t.float_panels = 4;
-  t.gemv_max_rows = 4;
-  t.unpack = &floats::unpack;
-  t.gemm_float = &floats::gemm_float;
-  t.gemv_float = &floats::gemv_float;
-  t.gemv_dense = &floats::gemv_dense;
-  t.quantize_rows = &floats::quantize_rows;
-  t.epilogue = &floats::epilogue;
-  t.block_sums = &floats::block_sums;
-  t.line_range = &floats::line_range;
-  t.quantize_line = &floats::quantize_line;
-  t.dequantize_line = &floats::dequantize_line;
-  t.fp16_from_float = &floats::fp16_from_float;
-  t.float_from_fp16 = &floats::float_from_fp16;
-  t.bf16_from_float = &floats::bf16_from_float;
-  t.float_from_bf16 = &floats::float_from_bf16;
+  floats::fill(t);
   return t;
 }();
 

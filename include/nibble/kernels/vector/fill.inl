@@ -1,0 +1,21 @@
+// Puts the kernels that are written over an ISA's operations into its table.
+
+constexpr void fill(KernelTable& t) noexcept {
+  t.float_tile_rows = gemm_rows;
+  t.float_panels = 4;
+  t.gemv_max_rows = 4;
+  t.unpack = &unpack;
+  t.gemm_float = &gemm_float;
+  t.gemv_float = &gemv_float;
+  t.gemv_dense = &gemv_dense;
+  t.quantize_rows = &quantize_rows;
+  t.epilogue = &epilogue;
+  t.block_sums = &block_sums;
+  t.line_range = &line_range;
+  t.quantize_line = &quantize_line;
+  t.dequantize_line = &dequantize_line;
+  t.fp16_from_float = &fp16_from_float;
+  t.float_from_fp16 = &float_from_fp16;
+  t.bf16_from_float = &bf16_from_float;
+  t.float_from_bf16 = &float_from_bf16;
+}
