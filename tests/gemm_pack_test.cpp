@@ -35,7 +35,8 @@ bool same(const Buffer& a, const Buffer& b) {
 TEST(Pack, UnpackGivesBackEveryBit) {
   unsigned seed = 0;
   for (const Scheme& scheme : packable())
-    for (const auto& [n, k] : {std::pair<std::size_t, std::size_t>{1, 1}, {16, 16}, {17, 95}, {3, 576}, {33, 172}, {0, 5}, {5, 0}}) {
+    for (const auto& [n, k] :
+         {std::pair<std::size_t, std::size_t>{1, 1}, {16, 16}, {17, 95}, {3, 576}, {33, 172}, {0, 5}, {5, 0}}) {
       const QuantizedTensor q = random_quantized(scheme, n, k, ++seed);
       const PackedMatrix w = pack(q);
       const QuantizedTensor back = w.unpack();
@@ -78,8 +79,8 @@ TEST(Pack, FloatsOfAnyExpression) {
 }
 
 TEST(Pack, ThreadsChangeNothing) {
-  const QuantizedTensor q = random_quantized(
-      scheme_of(Format::int4, Symmetry::asymmetric, Granularity::per_group(32)), 333, 129, 1);
+  const QuantizedTensor q =
+      random_quantized(scheme_of(Format::int4, Symmetry::asymmetric, Granularity::per_group(32)), 333, 129, 1);
   nibble::ThreadPool pool(3);
   nibble::PackOptions options;
   options.pool = &pool;
@@ -95,9 +96,8 @@ TEST(Pack, ScalesThatCannotLeaveTheSumAreRefused) {
   };
   EXPECT_THROW(pack(along(Granularity::per_channel(1), 32)), Unsupported);
   EXPECT_THROW(pack(along(Granularity::per_group(16, 0), 32)), Unsupported);
-  const QuantizedTensor cube =
-      QuantizedTensor::from_parts(scheme_of(Format::int8, Symmetry::symmetric, Granularity::per_tensor()), {2, 2, 2},
-                                  Buffer(8), Buffer(4));
+  const QuantizedTensor cube = QuantizedTensor::from_parts(
+      scheme_of(Format::int8, Symmetry::symmetric, Granularity::per_tensor()), {2, 2, 2}, Buffer(8), Buffer(4));
   EXPECT_THROW(pack(cube), InvalidArgument);
 }
 
@@ -133,8 +133,8 @@ TEST(Pack, PartsThatDoNotFitAreRefused) {
 }
 
 TEST(Pack, BorrowedBytesOfAnyAlignmentWork) {
-  const PackedMatrix w = pack(
-      random_quantized(scheme_of(Format::int4, Symmetry::float_offset, Granularity::per_group(32), ScaleType::fp16), 20, 70, 1));
+  const PackedMatrix w = pack(random_quantized(
+      scheme_of(Format::int4, Symmetry::float_offset, Granularity::per_group(32), ScaleType::fp16), 20, 70, 1));
   const auto shifted = [](const Buffer& b) {
     auto bytes = std::make_shared<std::vector<std::uint8_t>>(b.size() + 1);
     if (!b.empty()) std::memcpy(bytes->data() + 1, b.data(), b.size());

@@ -67,7 +67,7 @@ inline QuantizedTensor random_quantized(const Scheme& scheme, std::size_t n, std
       params = n * ((k + scheme.granularity.group_size - 1) / scheme.granularity.group_size);
   }
   Buffer scales(params * nibble::bytes_of(scheme.scale_type));
-  Buffer zeros(scheme.symmetry == Symmetry::symmetric ? 0
+  Buffer zeros(scheme.symmetry == Symmetry::symmetric    ? 0
                : scheme.symmetry == Symmetry::asymmetric ? params
                                                          : scales.size());
   std::uniform_real_distribution<float> scale(0.001F, 0.02F);
@@ -95,7 +95,8 @@ inline std::int64_t centred(const QuantizedTensor& q, std::size_t r, std::size_t
 
 /// What a product with INT8 activations is defined to be, from the unpacked tensor alone.
 /// x[t][k] are codes less their zero point; groups run along k.
-inline float naive_int(const QuantizedTensor& q, std::size_t r, const std::vector<std::int32_t>& x, std::size_t group) {
+inline float naive_int(const QuantizedTensor& q, std::size_t r, const std::vector<std::int32_t>& x,
+                       std::size_t group) {
   const std::size_t k_total = q.shape()[1];
   float acc = 0.0F;
   for (std::size_t begin = 0; begin < k_total; begin += group) {

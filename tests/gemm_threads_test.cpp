@@ -78,9 +78,8 @@ TEST(ThreadPool, WorkersThatSleepWakeUp) {
 TEST(ThreadPool, NestedAndConcurrentRunsComplete) {
   ThreadPool pool(3);
   std::atomic<int> done{0};
-  pool.run(8, [&](std::size_t, std::size_t) {
-    pool.run(5, [&](std::size_t, std::size_t) { done.fetch_add(1); });
-  });
+  pool.run(8,
+           [&](std::size_t, std::size_t) { pool.run(5, [&](std::size_t, std::size_t) { done.fetch_add(1); }); });
   EXPECT_EQ(done.load(), 40);
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i)
@@ -106,7 +105,8 @@ TEST(ThreadPool, AnExceptionComesOutAndThePoolLives) {
 }
 
 PackedMatrix some_weights() {
-  return pack(random_quantized(scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(32)), 200, 160, 1));
+  return pack(
+      random_quantized(scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(32)), 200, 160, 1));
 }
 
 TEST(Threads, ManyCallersShareOneMatrixAndOnePool) {
@@ -159,7 +159,8 @@ TEST(Threads, TheHotPathAllocatesNothing) {
   ThreadPool pool(2);
   nibble::Workspace workspace;
   for (Format f : {Format::int4, Format::int8, Format::fp16, Format::nf4}) {
-    const PackedMatrix w = pack(random_quantized(scheme_of(f, Symmetry::symmetric, Granularity::per_group(32)), 200, 160, 1));
+    const PackedMatrix w =
+        pack(random_quantized(scheme_of(f, Symmetry::symmetric, Granularity::per_group(32)), 200, 160, 1));
     for (Eigen::Index m : {1, 3, 40}) {
       const MatrixXf x = random_floats(160, m, 2);
       MatrixXf y(200, m);

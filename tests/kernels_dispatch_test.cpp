@@ -13,8 +13,8 @@ using nibble::Isa;
 using nibble::Unsupported;
 using nibble::detail::choose_isa;
 using nibble::detail::CpuFeatures;
-using nibble::detail::KernelTable;
 using nibble::detail::kernels_for;
+using nibble::detail::KernelTable;
 
 constexpr Isa all[] = {Isa::scalar, Isa::avx2, Isa::avx512vnni};
 

@@ -53,8 +53,8 @@
 #define NIBBLE_ABI_PASTE(maj, min, align, isa, math, thr) NIBBLE_ABI_PASTE_(maj, min, align, isa, math, thr)
 
 /// Inline namespace that holds all of Nibble, e.g. `v0_1_align16_x86v1_strict_throws`.
-#define NIBBLE_ABI                                                                                              \
-  NIBBLE_ABI_PASTE(NIBBLE_VERSION_MAJOR, NIBBLE_VERSION_MINOR, EIGEN_MAX_ALIGN_BYTES, NIBBLE_ABI_ISA,           \
+#define NIBBLE_ABI                                                                                    \
+  NIBBLE_ABI_PASTE(NIBBLE_VERSION_MAJOR, NIBBLE_VERSION_MINOR, EIGEN_MAX_ALIGN_BYTES, NIBBLE_ABI_ISA, \
                    NIBBLE_ABI_MATH, NIBBLE_ABI_THROW)
 
 // A target region compiles what lies between BEGIN and END for an ISA beyond the command line's. It opens after

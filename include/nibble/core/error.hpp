@@ -87,8 +87,7 @@ inline void require(bool ok, const Parts&... parts) {
 /// a * b, or an error that names `what` when the product does not fit.
 inline std::size_t checked_mul(std::size_t a, std::size_t b, std::string_view what) {
   std::size_t product = 0;
-  if (__builtin_mul_overflow(a, b, &product))
-    raise<InvalidArgument>(concat(what, " overflows: ", a, " x ", b));
+  if (__builtin_mul_overflow(a, b, &product)) raise<InvalidArgument>(concat(what, " overflows: ", a, " x ", b));
   return product;
 }
 

@@ -40,8 +40,8 @@ void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, Ma
     const detail::KernelTable& kernels = detail::kernels_of(options);
     const bool lanes_contiguous = a.row_stride == 1;
     if (!lanes_contiguous || b.cols > 2) {
-      detail::run_float(kernels, detail::dense_source(a), b, options.epilogue, detail::float_output(c), options.pool,
-                        detail::workspace_of(options));
+      detail::run_float(kernels, detail::dense_source(a), b, options.epilogue, detail::float_output(c),
+                        options.pool, detail::workspace_of(options));
       return;
     }
     // A token or two: reading a once from where it lies beats packing it.

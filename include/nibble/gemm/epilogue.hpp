@@ -96,7 +96,8 @@ class Epilogue {
     static_assert(std::is_same_v<typename D::Scalar, float>, "an epilogue's matrices are float");
     static_assert((static_cast<int>(D::Flags) & Eigen::DirectAccessBit) != 0, "evaluate the expression first");
     static_assert(!D::IsRowMajor || D::RowsAtCompileTime == 1, "an epilogue's matrices are column-major");
-    detail::require(m.rows() <= 1 || m.innerStride() == 1, name, " has inner stride ", m.innerStride(), ", expected 1");
+    detail::require(m.rows() <= 1 || m.innerStride() == 1, name, " has inner stride ", m.innerStride(),
+                    ", expected 1");
     return push(kind, m.data(), static_cast<std::size_t>(m.outerStride()), m.rows(), m.cols(), name);
   }
 

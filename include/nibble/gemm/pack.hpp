@@ -68,6 +68,7 @@ void move_words(std::uint8_t* row, std::uint8_t* words, std::size_t bytes, F&& c
 /// Copies one row between its C-order codes and its lane of a panel. `Forward`: row -> panel.
 template <bool Forward>
 void move_row(Format format, std::uint8_t* row, std::uint8_t* panel, std::size_t lane, std::size_t k) noexcept {
+  if (k == 0) return;  // there may be no memory to point into
   const auto copy = [](std::uint8_t* in_row, std::uint8_t* in_panel, std::size_t bytes) {
     Forward ? std::memcpy(in_panel, in_row, bytes) : std::memcpy(in_row, in_panel, bytes);
   };

@@ -51,8 +51,8 @@ FloatView float_view(const Eigen::MatrixBase<D>& m) {
 }
 
 template <class D>
-inline constexpr bool is_float_memory_v =
-    std::is_same_v<typename D::Scalar, float> && (static_cast<int>(D::Flags) & Eigen::DirectAccessBit) != 0;
+inline constexpr bool is_float_memory_v = std::is_same_v<typename D::Scalar, float> &&
+                                          (static_cast<int>(D::Flags) & Eigen::DirectAccessBit) != 0;
 
 /// Throws where the memory of `a` (read) and `b` (written) overlaps: a product would read what it has written.
 template <class A, class B>

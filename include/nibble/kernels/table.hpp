@@ -33,16 +33,16 @@ struct KernelTable {
   Isa isa = Isa::scalar;
 
   // Tile parameters that the drivers above plan with.
-  std::size_t float_tile_rows = 4;   // tokens a tile of packed x in FloatGemmArgs (at most 16)
-  std::size_t float_panels = 1;      // panels that the float GEMM likes to be given at once
-  std::size_t int_panels = 1;        // panels that the integer GEMM likes to be given at once
-  std::size_t gemv_max_rows = 4;     // rows up to which FloatGemv beats unpack + float GEMM
+  std::size_t float_tile_rows = 4;  // tokens a tile of packed x in FloatGemmArgs (at most 16)
+  std::size_t float_panels = 1;     // panels that the float GEMM likes to be given at once
+  std::size_t int_panels = 1;       // panels that the integer GEMM likes to be given at once
+  std::size_t gemv_max_rows = 4;    // rows up to which FloatGemv beats unpack + float GEMM
 
   void (*gemm_w8a8)(const IntGemmArgs&) noexcept = nullptr;
   void (*gemm_w4a8)(const IntGemmArgs&) noexcept = nullptr;
-  void (*unpack)(const UnpackArgs&) noexcept = nullptr;          // all formats
+  void (*unpack)(const UnpackArgs&) noexcept = nullptr;  // all formats
   void (*gemm_float)(const FloatGemmArgs&) noexcept = nullptr;
-  void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;   // all formats
+  void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;  // all formats
   void (*gemv_dense)(const DenseGemvArgs&) noexcept = nullptr;
   void (*quantize_rows)(const QuantizeRowsArgs&) noexcept = nullptr;
   void (*epilogue)(const EpilogueArgs&) noexcept = nullptr;

@@ -43,7 +43,8 @@ inline void gemv_float(const FloatGemvArgs& a) noexcept {
     for (std::size_t p = a.panel_begin; p < a.panel_end; ++p)
       for (std::size_t lane = 0; lane < panel_width; ++lane) {
         float acc = 0.0F;
-        for (std::size_t k = 0; k < a.w.k; ++k) acc = std::fma(value_at(a.w, p, lane, k), a.x[r * a.x_stride + k], acc);
+        for (std::size_t k = 0; k < a.w.k; ++k)
+          acc = std::fma(value_at(a.w, p, lane, k), a.x[r * a.x_stride + k], acc);
         a.acc[r * a.acc_stride + (p - a.panel_begin) * panel_width + lane] = acc;
       }
 }

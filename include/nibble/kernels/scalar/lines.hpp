@@ -48,7 +48,8 @@ inline LineRange line_range(const float* x, std::size_t n) noexcept {
 
 inline void quantize_line(const QuantizeLineArgs& a) noexcept {
   for (std::size_t i = 0; i < a.n; ++i)
-    a.q[i] = static_cast<std::int8_t>(to_code(rounded(rounded(a.x[i] - a.offset) / a.scale), a.zero, a.qmin, a.qmax));
+    a.q[i] =
+        static_cast<std::int8_t>(to_code(rounded(rounded(a.x[i] - a.offset) / a.scale), a.zero, a.qmin, a.qmax));
 }
 
 inline void dequantize_line(const DequantizeLineArgs& a) noexcept {
@@ -92,7 +93,8 @@ inline void quantize_rows(const QuantizeRowsArgs& a) noexcept {
       const float absmax = -range.min > range.max ? -range.min : range.max;
       if (absmax > 0.0F) scale = rounded(absmax / 127.0F);
       if (scale < std::numeric_limits<float>::min()) scale = std::numeric_limits<float>::min();
-      for (std::size_t k = 0; k < a.k; ++k) q[k] = static_cast<std::int8_t>(to_code(rounded(x[k] / scale), 0, -127, 127));
+      for (std::size_t k = 0; k < a.k; ++k)
+        q[k] = static_cast<std::int8_t>(to_code(rounded(x[k] / scale), 0, -127, 127));
     } else {
       const float lo = range.min < 0.0F ? range.min : 0.0F;
       const float hi = range.max > 0.0F ? range.max : 0.0F;

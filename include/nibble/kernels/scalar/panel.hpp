@@ -31,7 +31,8 @@ T load(const void* base, std::size_t index) noexcept {
 /// Integer code of int8 (-128..127), int4 and nf4 (0..15).
 inline std::int32_t code_at(const PanelView& w, std::size_t panel, std::size_t lane, std::size_t k) noexcept {
   const std::uint8_t* codes = w.codes + panel * w.panel_bytes;
-  if (w.format == Format::int8) return static_cast<std::int32_t>(codes[(k / 4 * panel_width + lane) * 4 + k % 4]) - 128;
+  if (w.format == Format::int8)
+    return static_cast<std::int32_t>(codes[(k / 4 * panel_width + lane) * 4 + k % 4]) - 128;
   const std::uint8_t byte = codes[(k / 8 * panel_width + lane) * 4 + k % 4];
   return k % 8 < 4 ? byte & 15 : byte >> 4;
 }
@@ -60,7 +61,8 @@ inline float value_at(const PanelView& w, std::size_t panel, std::size_t lane, s
   switch (w.format) {
     case Format::fp32: return load<float>(codes, k * panel_width + lane);
     case Format::fp16: return float_from_fp16(load<std::uint16_t>(codes, k * panel_width + lane));
-    case Format::bf16: return float_from_bf16(load<std::uint16_t>(codes, (k / 2 * panel_width + lane) * 2 + k % 2));
+    case Format::bf16:
+      return float_from_bf16(load<std::uint16_t>(codes, (k / 2 * panel_width + lane) * 2 + k % 2));
     default: break;
   }
   const std::size_t param = (panel * w.groups + k / w.group_size) * panel_width + lane;
