@@ -23,7 +23,7 @@ struct Options {
   std::string svg;                   // folder, or empty
   std::vector<std::string> suites;   // limits, gemm, quantize, sweep
   std::vector<std::string> kernels;  // empty: all
-  std::vector<std::string> isas;     // empty: all that the machine has, scalar left out
+  std::vector<std::string> isas;     // empty: avx2 and the best that the machine has
   std::vector<Shape> shapes;         // empty: the suite's
   std::vector<std::int64_t> tokens;  // empty: the suite's
   std::vector<int> threads;          // empty: 1 and 2 (or 1 where there is one core)

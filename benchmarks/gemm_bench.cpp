@@ -77,11 +77,15 @@ std::vector<const Spec*> chosen_specs() {
 }
 
 std::vector<Isa> chosen_isas() {
+  Isa best = Isa::scalar;
+  for (const Isa isa : nibble::built_isas)
+    if (nibble::isa_available(isa)) best = isa;
   std::vector<Isa> isas;
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512vnni}) {
+  for (const Isa isa : nibble::built_isas) {
     const std::string name(nibble::name_of(isa));
     if (!nibble::isa_available(isa)) continue;
-    const bool by_default = isa != Isa::scalar || !nibble::isa_available(Isa::avx2);
+    // What the machine is best at, and what most machines have.
+    const bool by_default = isa == best || isa == Isa::avx2;
     if (options().isas.empty() ? by_default : selected(options().isas, name)) isas.push_back(isa);
   }
   return isas;

@@ -425,8 +425,8 @@ double read_limit(std::size_t bytes, int threads) {
 }
 
 std::string compute_limit_of(const std::string& kernel, const std::string& isa, std::int64_t group_size) {
-  const bool avx512 = isa == "avx512vnni";
-  if (!avx512 && isa != "avx2") return {};
+  const bool avx512 = isa.substr(0, 6) == "avx512";
+  if (!avx512 && isa.substr(0, 3) != "avx") return {};
   if (kernel == "w8a8") {
     if (avx512) return "dpbusd_avx512";
     // The exact ways to multiply s8 by s8.

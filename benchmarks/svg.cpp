@@ -12,6 +12,7 @@
 
 #include "bench.hpp"
 #include "limits.hpp"
+#include "nibble/kernels/dispatch.hpp"
 
 namespace bench {
 namespace {
@@ -171,7 +172,7 @@ bool draw_roofline(const std::string& path) {
     if (row.suite == "gemm" && row.threads == 1)
       isa = std::max(isa, row.isa, [](const auto& a, const auto& b) {
         const auto rank = [](const std::string& name) {
-          return name == "avx512vnni" ? 3 : name == "avx2" ? 2 : name.empty() ? 0 : 1;
+          return name.empty() ? -1 : static_cast<int>(nibble::isa_from_name(name));
         };
         return rank(a) < rank(b);
       });
@@ -192,7 +193,7 @@ bool draw_roofline(const std::string& path) {
   for (const LimitRow& limit : results().limits) {
     if (limit.threads != 1) continue;
     if (limit.gops > 0) {
-      const bool mine = isa == "avx512vnni"
+      const bool mine = isa.substr(0, 6) == "avx512"
                             ? limit.name.find("avx512") != std::string::npos && limit.name != "dpwssd_avx512"
                             : limit.name.find("avx2") != std::string::npos && limit.name != "maddubs_paddw_avx2" &&
                                   limit.name != "maddubs_madd_avx2";

@@ -123,7 +123,7 @@ inline std::vector<std::uint32_t> bits(const Eigen::MatrixXf& m) {
 
 inline std::vector<nibble::Isa> available_isas() {
   std::vector<nibble::Isa> isas;
-  for (nibble::Isa isa : {nibble::Isa::scalar, nibble::Isa::avx2, nibble::Isa::avx512vnni})
+  for (nibble::Isa isa : nibble::built_isas)
     if (nibble::isa_available(isa)) isas.push_back(isa);
   return isas;
 }

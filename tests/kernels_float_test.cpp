@@ -1,4 +1,4 @@
-// The AVX2 and AVX-512 float kernels against the oracle, and the exponential against the C library.
+// The float kernels of every ISA against the oracle, and the exponential against the C library.
 #include "kernels_float_checks.hpp"
 #include "nibble/kernels/dispatch.hpp"
 
@@ -27,7 +27,8 @@ TEST_P(FloatKernels, Activations) { check_activations(table()); }
 TEST_P(FloatKernels, Lines) { check_lines(table()); }
 TEST_P(FloatKernels, Conversions) { check_conversions(table()); }
 
-INSTANTIATE_TEST_SUITE_P(Isas, FloatKernels, testing::Values(Isa::avx2, Isa::avx512vnni),
+// All but scalar, the first.
+INSTANTIATE_TEST_SUITE_P(Isas, FloatKernels, testing::ValuesIn(built_isas.begin() + 1, built_isas.end()),
                          [](const testing::TestParamInfo<Isa>& isa) { return std::string(name_of(isa.param)); });
 
 // Every 61st float. A unit is the gap between floats at the exact result; exp of a double is exact enough for

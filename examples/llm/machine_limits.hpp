@@ -161,10 +161,10 @@ inline MachineLimits measure_limits(nibble::ThreadPool& pool) {
     return operations_a_turn * static_cast<double>(turns) * pool.threads() / time * 1e-9;
   };
   const nibble::Isa isa = nibble::detail::kernels().isa;
-  if (isa == nibble::Isa::avx512vnni) {
+  if (isa >= nibble::Isa::avx512vnni) {
     limits.integer_gops = rate(limits_detail::vnni_loop, 12.0 * 64 * 2);
     limits.float_gops = rate(limits_detail::fma512_loop, 12.0 * 16 * 2);
-  } else if (isa == nibble::Isa::avx2) {
+  } else if (isa >= nibble::Isa::avx2) {
     limits.integer_gops = rate(limits_detail::maddubs_loop, 4.0 * 8 * 32 * 2);
     limits.float_gops = rate(limits_detail::fma256_loop, 12.0 * 8 * 2);
   }

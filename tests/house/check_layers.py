@@ -6,7 +6,8 @@ usage: check_layers.py INCLUDE_DIR [--self-test]
   1. A header of a layer includes headers of its own or of a lower layer only.
   2. There is no include cycle.
   3. The folders under nibble/ are exactly the layers named here.
-  4. kernels/<isa> includes nothing of another ISA but the shared parts (dispatch.hpp alone names all ISAs).
+  4. kernels/<isa> includes nothing of another ISA but the shared parts and the table it starts from (dispatch.hpp
+     alone names all ISAs).
   5. The umbrella reaches Eigen and the standard library alone, and every header that needs no more is in it.
   6. Nothing is included inside a target region.
 """
@@ -20,6 +21,10 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
 # Headers of the system that are neither Eigen's nor the C++ library's, and need nothing to be installed.
 SYSTEM = re.compile(r"^(Eigen/|unsupported/Eigen/|[a-z_]+$|(cpuid|immintrin|xmmintrin|emmintrin|fcntl|unistd|pthread)\.h$"
                     r"|sys/[a-z]+\.h$|arm_neon\.h$)")
+# An ISA's table starts as that of the tier below.
+TIER_BELOW = {isa: f"nibble/kernels/{below}/table.hpp" for isa, below in {
+    "avxvnni": "avx2", "avx512bf16": "avx512vnni", "amx": "avx512bf16", "neon_dotprod": "neon",
+    "neon_i8mm": "neon_dotprod"}.items()}
 OPTIONAL = re.compile(r"^(nlohmann|CLI|gtest|benchmark)/")
 REGION_BEGIN = re.compile(r"^NIBBLE_TARGET_BEGIN\(", re.M)
 
@@ -83,7 +88,7 @@ def check(root):
         if len(parts) == 4 and parts[1] == "kernels":
             for target in own[path]:
                 other = target.split("/")
-                if len(other) == 4 and other[1] == "kernels" and other[2] not in (parts[2], "vector", "scalar"):
+                if len(other) == 4 and other[1] == "kernels" and other[2] not in (parts[2], "vector", "scalar") and target != TIER_BELOW.get(parts[2]):
                     faults.append(f"{path}: includes {target}, another ISA's kernels")
 
     # Cycles, by depth-first search.

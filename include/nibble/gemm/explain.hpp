@@ -27,14 +27,21 @@ inline std::string explain(const PackedMatrix& w, Eigen::Index tokens, const Mat
   std::string why;
   if (options.isa) {
     why = "asked for by the caller";
-  } else if (kernels.isa != Isa::avx512vnni) {
-    const char* limit = std::getenv("NIBBLE_MAX_ISA");
-    const Isa better = kernels.isa == Isa::scalar ? Isa::avx2 : Isa::avx512vnni;
-    why = !isa_available(better) ? detail::concat("this CPU or operating system lacks ", name_of(better))
-                                 : detail::concat("NIBBLE_MAX_ISA is ", limit == nullptr ? "" : limit,
-                                                  "; the CPU could run ", name_of(better));
   } else {
-    why = "the best there is";
+    std::string runs;   // better ones that the CPU runs
+    std::string lacks;  // and that it does not
+    for (Isa isa : built_isas) {
+      if (isa <= kernels.isa) continue;
+      std::string& list = isa_available(isa) ? runs : lacks;
+      list += detail::concat(list.empty() ? "" : ", ", name_of(isa));
+    }
+    const char* limit = std::getenv("NIBBLE_MAX_ISA");
+    if (!runs.empty())
+      why = detail::concat("NIBBLE_MAX_ISA is ", limit == nullptr ? "" : limit, "; the CPU could run ", runs);
+    else if (!lacks.empty())
+      why = detail::concat("this CPU or operating system lacks ", lacks);
+    else
+      why = "the best there is";
   }
   text += detail::concat(" (", why, ")\nweights: ", w.rows(), " x ", w.cols(), " ", name_of(w.format()));
   if (has_scales(w.format()))

@@ -7,6 +7,10 @@
 
 #if NIBBLE_X86
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace nibble {
@@ -19,10 +23,24 @@ struct CpuFeatures {
   bool fma = false;
   bool f16c = false;
   bool avx512 = false;  // F, BW, DQ and VL together
+  bool avx_vnni = false;
   bool avx512_vnni = false;
+  bool avx512_bf16 = false;
+  bool amx_int8 = false;  // TILE and INT8 together
 };
 
 #if NIBBLE_X86
+/// Linux gives a process AMX's tile registers only where it asks for them; the answer holds for all of its threads.
+inline bool request_amx_tiles() noexcept {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long tile_data = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 inline CpuFeatures detect_cpu() noexcept {
   CpuFeatures f;
   std::uint32_t a = 0;
@@ -41,11 +59,19 @@ inline CpuFeatures detect_cpu() noexcept {
   __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
   const bool os_avx = (xcr0 & 0x6U) == 0x6U;
   const bool os_avx512 = (xcr0 & 0xE6U) == 0xE6U;
+  const bool os_amx = (xcr0 & 0x60000U) == 0x60000U;
   if (!os_avx) return CpuFeatures{};
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return f;
   f.avx2 = bit(b, 5);
   f.avx512 = os_avx512 && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   f.avx512_vnni = f.avx512 && bit(c, 11);
+  const bool amx = os_amx && bit(d, 24) && bit(d, 25);
+  // The highest subleaf of leaf 7 was in eax; a leaf beyond it answers with another leaf's bits.
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {
+    f.avx_vnni = bit(a, 4);
+    f.avx512_bf16 = f.avx512 && bit(a, 5);
+  }
+  f.amx_int8 = amx && request_amx_tiles();
   return f;
 }
 #else
@@ -54,10 +80,17 @@ inline CpuFeatures detect_cpu() noexcept { return {}; }
 
 inline bool supports(const CpuFeatures& f, Isa isa) noexcept {
   const bool avx2 = f.avx2 && f.fma && f.f16c;
+  const bool avx512vnni = avx2 && f.avx512 && f.avx512_vnni;
   switch (isa) {
     case Isa::scalar: return true;
+    case Isa::neon: return false;
+    case Isa::neon_dotprod: return false;
+    case Isa::neon_i8mm: return false;
     case Isa::avx2: return avx2;
-    case Isa::avx512vnni: return avx2 && f.avx512 && f.avx512_vnni;
+    case Isa::avxvnni: return avx2 && f.avx_vnni;
+    case Isa::avx512vnni: return avx512vnni;
+    case Isa::avx512bf16: return avx512vnni && f.avx512_bf16;
+    case Isa::amx: return avx512vnni && f.avx512_bf16 && f.amx_int8;
   }
   return false;
 }

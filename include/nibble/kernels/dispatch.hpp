@@ -16,7 +16,9 @@
 #if NIBBLE_X86 && (!defined(NIBBLE_EXTERN_KERNELS) || defined(NIBBLE_DEFINE_KERNELS))
 #define NIBBLE_KERNELS_HERE 1
 #include "nibble/kernels/avx2/table.hpp"
+#include "nibble/kernels/avx512bf16/table.hpp"
 #include "nibble/kernels/avx512vnni/table.hpp"
+#include "nibble/kernels/avxvnni/table.hpp"
 #else
 #define NIBBLE_KERNELS_HERE 0
 #endif
@@ -31,27 +33,38 @@ inline namespace NIBBLE_ABI {
 namespace detail {
 
 #if NIBBLE_KERNELS_HERE
-NIBBLE_KERNELS_LINKAGE const KernelTable& avx2_kernels() noexcept { return avx2::table; }
-NIBBLE_KERNELS_LINKAGE const KernelTable& avx512vnni_kernels() noexcept { return avx512vnni::table; }
+/// The table of an ISA other than scalar that is one of built_isas.
+NIBBLE_KERNELS_LINKAGE const KernelTable& vector_kernels(Isa isa) noexcept {
+  switch (isa) {
+    case Isa::avxvnni: return avxvnni::table;
+    case Isa::avx512vnni: return avx512vnni::table;
+    case Isa::avx512bf16: return avx512bf16::table;
+    default: return avx2::table;
+  }
+}
 #elif NIBBLE_X86
-const KernelTable& avx2_kernels() noexcept;
-const KernelTable& avx512vnni_kernels() noexcept;
+const KernelTable& vector_kernels(Isa isa) noexcept;
 #endif
 
 }  // namespace detail
 
-/// The ISA called `name` ("scalar", "avx2", "avx512vnni"). Throws InvalidArgument for a name that is none.
+/// The ISA called `name`, one of all_isas. Throws InvalidArgument for a name that is none.
 inline Isa isa_from_name(std::string_view name) {
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512vnni})
+  std::string names;
+  for (Isa isa : all_isas) {
     if (name == name_of(isa)) return isa;
+    names += detail::concat(names.empty() ? "" : ", ", name_of(isa));
+  }
   detail::raise<InvalidArgument>(
-      detail::concat("unknown ISA '", name, "' (NIBBLE_MAX_ISA), expected scalar, avx2 or avx512vnni"));
+      detail::concat("unknown ISA '", name, "' (NIBBLE_MAX_ISA), expected one of ", names));
 }
 
-/// True where this CPU and operating system run `isa`, whatever NIBBLE_MAX_ISA says.
+/// True where this build has kernels for `isa`, and this CPU and operating system run them, whatever NIBBLE_MAX_ISA says.
 inline bool isa_available(Isa isa) noexcept {
   static const detail::CpuFeatures features = detail::detect_cpu();
-  return detail::supports(features, isa);
+  for (Isa built : built_isas)
+    if (built == isa) return detail::supports(features, isa);
+  return false;
 }
 
 namespace detail {
@@ -60,23 +73,33 @@ namespace detail {
 inline const KernelTable& kernels_for(Isa isa) {
   require<Unsupported>(isa_available(isa), "this CPU cannot run the ", name_of(isa), " kernels");
 #if NIBBLE_X86
-  if (isa == Isa::avx512vnni) return avx512vnni_kernels();
-  if (isa == Isa::avx2) return avx2_kernels();
+  if (isa != Isa::scalar) return vector_kernels(isa);
 #endif
   return scalar::table;
 }
 
+/// The best of built_isas that the machine runs and that is no better than NIBBLE_MAX_ISA.
 inline Isa choose_isa() {
-  Isa limit = Isa::avx512vnni;
-  if (const char* text = std::getenv("NIBBLE_MAX_ISA"); text != nullptr && *text != '\0')
+  Isa limit = built_isas.back();
+  if (const char* text = std::getenv("NIBBLE_MAX_ISA"); text != nullptr && *text != '\0') {
     limit = isa_from_name(text);
-  for (Isa isa : {Isa::avx512vnni, Isa::avx2})
-    if (isa <= limit && isa_available(isa)) return isa;
-  return Isa::scalar;
+    bool built = false;
+    std::string names;
+    for (Isa isa : built_isas) {
+      built = built || isa == limit;
+      names += concat(names.empty() ? "" : ", ", name_of(isa));
+    }
+    // Another architecture's ISA is no limit on this one's.
+    require(built, "NIBBLE_MAX_ISA is ", text, ", which this build has no kernels for, expected one of ", names);
+  }
+  Isa best = Isa::scalar;
+  for (Isa isa : built_isas)
+    if (isa <= limit && isa_available(isa)) best = isa;
+  return best;
 }
 
 /// The best table that the CPU runs within the environment variable NIBBLE_MAX_ISA, read once at first use.
-/// Throws InvalidArgument, on every call, where the variable names no ISA.
+/// Throws InvalidArgument, on every call, where the variable does not name one of built_isas.
 inline const KernelTable& kernels() {
   static const KernelTable& chosen = kernels_for(choose_isa());
   return chosen;

@@ -1,6 +1,7 @@
 // One table of function pointers an ISA: everything that is dispatched at run time.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
@@ -10,21 +11,46 @@
 namespace nibble {
 inline namespace NIBBLE_ABI {
 
-/// Instruction sets that have kernels, in ascending order of preference.
+/// Instruction sets that have kernels; those of one architecture in ascending order of preference.
 enum class Isa : std::uint8_t {
-  scalar = 0,      ///< portable C++, the oracle
-  avx2 = 1,        ///< AVX2 + FMA + F16C
-  avx512vnni = 2,  ///< AVX-512 F, BW, VL, DQ, VNNI
+  scalar = 0,    ///< portable C++, the oracle
+  neon,          ///< AArch64's Advanced SIMD
+  neon_dotprod,  ///< neon + DotProd
+  neon_i8mm,     ///< neon_dotprod + I8MM
+  avx2,          ///< AVX2 + FMA + F16C
+  avxvnni,       ///< avx2 + AVX-VNNI: dot products of 256 bits
+  avx512vnni,    ///< avx2 + AVX-512 F, BW, VL, DQ, VNNI
+  avx512bf16,    ///< avx512vnni + AVX512-BF16
+  amx,           ///< avx512bf16 + AMX-TILE, AMX-INT8
 };
 
 constexpr std::string_view name_of(Isa isa) noexcept {
   switch (isa) {
     case Isa::scalar: return "scalar";
+    case Isa::neon: return "neon";
+    case Isa::neon_dotprod: return "neon_dotprod";
+    case Isa::neon_i8mm: return "neon_i8mm";
     case Isa::avx2: return "avx2";
+    case Isa::avxvnni: return "avxvnni";
     case Isa::avx512vnni: return "avx512vnni";
+    case Isa::avx512bf16: return "avx512bf16";
+    case Isa::amx: return "amx";
   }
   return "?";
 }
+
+/// Every ISA that has a name, whatever the architecture.
+inline constexpr std::array<Isa, 9> all_isas = {Isa::scalar,     Isa::neon,       Isa::neon_dotprod,
+                                                Isa::neon_i8mm,  Isa::avx2,       Isa::avxvnni,
+                                                Isa::avx512vnni, Isa::avx512bf16, Isa::amx};
+
+/// The ISAs whose kernels are in this build, in ascending order of preference, scalar first.
+#if NIBBLE_X86
+inline constexpr std::array<Isa, 5> built_isas = {Isa::scalar, Isa::avx2, Isa::avxvnni, Isa::avx512vnni,
+                                                  Isa::avx512bf16};
+#else
+inline constexpr std::array<Isa, 1> built_isas = {Isa::scalar};
+#endif
 
 namespace detail {
 

@@ -1,0 +1,37 @@
+// All kernels of one ISA: avx512vnni's, and what AVX512-BF16 adds. This file is that ISA's only target region: nothing may be included
+// inside but our own .inl files, for what a library header defines there would be compiled for this ISA and then
+// shared with all of the program.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "nibble/core/abi.hpp"
+#include "nibble/kernels/args.hpp"
+#include "nibble/kernels/avx512vnni/table.hpp"
+#include "nibble/kernels/table.hpp"
+
+#if NIBBLE_X86
+
+#include <immintrin.h>
+
+NIBBLE_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+namespace detail::avx512bf16 {
+
+inline constexpr KernelTable table = [] {
+  KernelTable t = avx512vnni::table;
+  t.isa = Isa::avx512bf16;
+  return t;
+}();
+
+}  // namespace detail::avx512bf16
+}  // namespace NIBBLE_ABI
+}  // namespace nibble
+
+NIBBLE_TARGET_END
+
+#endif  // NIBBLE_X86
