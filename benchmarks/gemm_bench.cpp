@@ -19,7 +19,7 @@
 #include "nibble/gemm/matmul.hpp"
 #include "nibble/gemm/pack.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
-#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/quantize/quantizer.hpp"
 #include "peers.hpp"
 

@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/kernels/dispatch.hpp"
 
 #if NIBBLE_X86

@@ -6,6 +6,7 @@
 #include "nibble/core/buffer.hpp"
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/core/thread_pool.hpp"
 
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/format.hpp"

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "nibble/core/fp_env.hpp"
-#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/gemm/view.hpp"
 #include "nibble/gemm/workspace.hpp"
 #include "nibble/kernels/dispatch.hpp"

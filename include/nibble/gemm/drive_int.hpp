@@ -10,7 +10,7 @@
 #include "nibble/gemm/activations.hpp"
 #include "nibble/gemm/epilogue.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
-#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/gemm/workspace.hpp"
 
 namespace nibble {

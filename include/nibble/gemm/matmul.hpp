@@ -14,7 +14,7 @@
 #include "nibble/gemm/drive_int.hpp"
 #include "nibble/gemm/epilogue.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
-#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/gemm/view.hpp"
 #include "nibble/gemm/workspace.hpp"
 

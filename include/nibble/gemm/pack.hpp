@@ -10,7 +10,7 @@
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/fp16.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
-#include "nibble/gemm/thread_pool.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/quantizer.hpp"
 
