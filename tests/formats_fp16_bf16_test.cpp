@@ -8,12 +8,9 @@
 #include <random>
 #include <vector>
 
+#include "fp_modes.hpp"
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/fp16.hpp"
-
-#if NIBBLE_X86
-#include <xmmintrin.h>
-#endif
 
 namespace {
 
@@ -180,8 +177,8 @@ TEST(Bf16, KnownValues) {
   EXPECT_EQ(nibble::bf16_from_float(-0.0F), 0x8000);
 }
 
-#if NIBBLE_X86
-TYPED_TEST(Float16, MxcsrPlaysNoPart) {
+#if NIBBLE_TEST_FP_MODES
+TYPED_TEST(Float16, TheControlWordPlaysNoPart) {
   const std::vector<double> values = {1.0 + 0x1p-11, 1.0 + 0x1p-8, 0x1p-24,  0x1.8p-25, 0x1p-133, 0x1p-140, 1e-40,
                                       65519.0,       65520.0,      -3.14159, -1e-7,     1e300,    -1e-300};
   std::vector<std::uint16_t> expected;
@@ -191,18 +188,18 @@ TYPED_TEST(Float16, MxcsrPlaysNoPart) {
   }
   std::vector<float> floats;
   for (double x : values) floats.push_back(static_cast<float>(x));
-  const unsigned saved = _mm_getcsr();
-  for (unsigned mode : {0x3F80U, 0x5F80U, 0x7F80U, 0x1F80U | 0x8040U}) {  // down, up, toward zero, FTZ + DAZ
+  const auto saved = fp_modes::get();
+  for (const auto mode : fp_modes::hostile) {
     std::vector<std::uint16_t> actual;
     std::vector<std::uint32_t> back;
-    _mm_setcsr(mode);
+    fp_modes::set(mode);
     for (std::size_t i = 0; i < values.size(); ++i) {
       actual.push_back(TypeParam::from_float(floats[i]));
       actual.push_back(TypeParam::from_double(values[i]));
     }
     for (unsigned code = 0; code < TypeParam::infinity; code += 37)
       back.push_back(bits(TypeParam::to_float(static_cast<std::uint16_t>(code))));
-    _mm_setcsr(saved);
+    fp_modes::set(saved);
     EXPECT_EQ(actual, expected) << std::hex << mode;
     for (unsigned code = 0, i = 0; code < TypeParam::infinity; code += 37, ++i)
       ASSERT_EQ(back[i], bits(static_cast<float>(value_of<TypeParam>(code))));

@@ -3,12 +3,9 @@
 
 #include <vector>
 
+#include "fp_modes.hpp"
 #include "gemm_support.hpp"
 #include "nibble/gemm/matmul.hpp"
-
-#if NIBBLE_X86
-#include <xmmintrin.h>
-#endif
 
 namespace {
 
@@ -124,7 +121,7 @@ TEST(Shapes, StridedColumnsLeaveTheirPaddingAlone) {
   }
 }
 
-#if NIBBLE_X86
+#if NIBBLE_TEST_FP_MODES
 TEST(Shapes, TheCallersRoundingModeDoesNotMatter) {
   nibble::ThreadPool pool(2);
   for (const Scheme& scheme : schemes()) {
@@ -136,16 +133,16 @@ TEST(Shapes, TheCallersRoundingModeDoesNotMatter) {
       MatmulOptions options;
       options.isa = isa;
       options.pool = &pool;
-      MatrixXf y(40, 9);
-      const unsigned saved = _mm_getcsr();
-      const unsigned hostile =
-          0x1F80U | 0x4000U | 0x8000U | 0x0040U;  // round up, flush to zero, denormals are zero
-      _mm_setcsr(hostile);
-      nibble::matmul(w, x, y, options);
-      const unsigned after = _mm_getcsr();
-      _mm_setcsr(saved);
-      EXPECT_EQ(after & ~0x3FU, hostile);
-      EXPECT_EQ(bits(y), bits(expected)) << name_of(isa) << " " << name_of(scheme.format);
+      const auto saved = fp_modes::get();
+      for (const auto mode : fp_modes::hostile) {
+        MatrixXf y(40, 9);
+        fp_modes::set(mode);
+        nibble::matmul(w, x, y, options);
+        const auto after = fp_modes::get();
+        fp_modes::set(saved);
+        EXPECT_EQ(after, mode);
+        EXPECT_EQ(bits(y), bits(expected)) << name_of(isa) << " " << name_of(scheme.format);
+      }
     }
   }
 }

@@ -1,17 +1,14 @@
-// Properties that hold for every scheme: error bounds, hostile values, one rounding under any MXCSR, errors that say
+// Properties that hold for every scheme: error bounds, hostile values, one rounding under any MXCSR or FPCR, errors that say
 // where.
 #include <gtest/gtest.h>
 
 #include <functional>
 #include <string>
 
+#include "fp_modes.hpp"
 #include "nibble/quantize/bounds.hpp"
 #include "nibble/quantize/fake_quantize.hpp"
 #include "quantize_support.hpp"
-
-#if NIBBLE_X86
-#include <xmmintrin.h>
-#endif
 
 namespace {
 
@@ -226,25 +223,25 @@ TEST(Properties, FakeQuantizeOfMatricesInEitherOrder) {
   EXPECT_THROW(nibble::fake_quantize_into<Q>(w, wrong), nibble::InvalidArgument);
 }
 
-#if NIBBLE_X86
-TEST(Properties, MxcsrPlaysNoPartAndComesBack) {
-  const unsigned saved = _mm_getcsr();
+#if NIBBLE_TEST_FP_MODES
+TEST(Properties, TheControlWordPlaysNoPartAndComesBack) {
+  const auto saved = fp_modes::get();
   for (const Hostile& h : hostile_values()) {
     for (const Scheme& s : schemes_and_float_formats(Granularity::per_group(16))) {
       SCOPED_TRACE(std::string(h.name) + ": " + describe(s, h.values.shape));
       const nibble::QuantizedTensor expected = quantize(h.values, s);
       const std::vector<float> expected_values = values_of(expected);
-      for (unsigned mode : {0x3F80U, 0x5F80U, 0x7F80U, 0x1F80U | 0x8040U, 0x5F80U | 0x8040U}) {
-        _mm_setcsr(mode);
+      for (const auto mode : fp_modes::hostile) {
+        fp_modes::set(mode);
         const nibble::QuantizedTensor q = quantize(h.values, s);
-        const unsigned after_quantize = _mm_getcsr();
+        const auto after_quantize = fp_modes::get();
         std::vector<float> values(h.values.x.size()), fake(h.values.x.size());
         q.dequantize(values.data());
-        const unsigned after_dequantize = _mm_getcsr();
+        const auto after_dequantize = fp_modes::get();
         const auto view = view_of(h.values);
         nibble::detail::fake_quantize_view(view, s, {}, {fake.data(), view.layout});
-        const unsigned after_fake = _mm_getcsr();
-        _mm_setcsr(saved);
+        const auto after_fake = fp_modes::get();
+        fp_modes::set(saved);
         ASSERT_EQ(after_quantize, mode);
         ASSERT_EQ(after_dequantize, mode);
         ASSERT_EQ(after_fake, mode);
@@ -257,16 +254,16 @@ TEST(Properties, MxcsrPlaysNoPartAndComesBack) {
   }
 }
 
-TEST(Properties, MxcsrComesBackAfterAnError) {
-  const unsigned saved = _mm_getcsr();
+TEST(Properties, TheControlWordComesBackAfterAnError) {
+  const auto saved = fp_modes::get();
   Values v = random_values({2, 40}, 1);
   v.x[50] = infinity;
-  _mm_setcsr(0x5F80U);
+  fp_modes::set(fp_modes::hostile[1]);
   EXPECT_THROW(quantize(v, {Format::int8, Symmetry::symmetric, {}, ScaleType::fp32, false}),
                nibble::InvalidArgument);
-  const unsigned after = _mm_getcsr();
-  _mm_setcsr(saved);
-  EXPECT_EQ(after, 0x5F80U);
+  const auto after = fp_modes::get();
+  fp_modes::set(saved);
+  EXPECT_EQ(after, fp_modes::hostile[1]);
 }
 #endif
 

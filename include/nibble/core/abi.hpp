@@ -16,6 +16,12 @@
 #else
 #define NIBBLE_X86 0
 #endif
+// Little-endian AArch64: what the kernels' layouts assume.
+#if defined(__aarch64__) && defined(__AARCH64EL__)
+#define NIBBLE_ARM64 1
+#else
+#define NIBBLE_ARM64 0
+#endif
 
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS)
 #define NIBBLE_EXCEPTIONS 1
@@ -36,6 +42,10 @@
 #define NIBBLE_ABI_ISA x86v2
 #elif defined(__x86_64__)
 #define NIBBLE_ABI_ISA x86v1
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_SVE)
+#define NIBBLE_ABI_ISA armv8sve
+#elif defined(__aarch64__)
+#define NIBBLE_ABI_ISA armv8
 #else
 #define NIBBLE_ABI_ISA portable
 #endif

@@ -1,6 +1,8 @@
 // One floating-point environment for all of Nibble's arithmetic.
 #pragma once
 
+#include <cstdint>
+
 #include "nibble/core/abi.hpp"
 
 #if NIBBLE_X86
@@ -12,7 +14,8 @@ inline namespace NIBBLE_ABI {
 namespace detail {
 
 /// While alive: round to nearest even, subnormals honoured, exceptions masked; the caller's setting comes back
-/// after. Every public entry and every worker thread holds one, so results do not depend on the caller's MXCSR.
+/// after. Every public entry and every worker thread holds one, so results do not depend on the caller's MXCSR or
+/// FPCR.
 class FpEnvironment {
  public:
 #if NIBBLE_X86
@@ -27,6 +30,20 @@ class FpEnvironment {
   // All exceptions masked, nearest even, no flush to zero, no denormals-are-zero.
   static constexpr unsigned default_mxcsr = 0x1F80;
   unsigned saved_;
+#elif NIBBLE_ARM64
+  FpEnvironment() noexcept {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_) : : "memory");
+    if (saved_ != default_fpcr) write(default_fpcr);
+  }
+  ~FpEnvironment() {
+    if (saved_ != default_fpcr) write(saved_);
+  }
+
+ private:
+  static void write(std::uint64_t fpcr) noexcept { __asm__ volatile("msr fpcr, %0" : : "r"(fpcr) : "memory"); }
+  // No traps, nearest even, no flush to zero, NaNs keep their payload, IEEE half precision.
+  static constexpr std::uint64_t default_fpcr = 0;
+  std::uint64_t saved_;
 #else
   FpEnvironment() noexcept {}
   ~FpEnvironment() {}
@@ -44,6 +61,17 @@ NIBBLE_ALWAYS_INLINE float rounded(float v) noexcept {
   __asm__("" : "+w"(v));
 #else
   volatile float fence = v;
+  v = fence;
+#endif
+  return v;
+}
+NIBBLE_ALWAYS_INLINE double rounded(double v) noexcept {
+#if NIBBLE_X86
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  volatile double fence = v;
   v = fence;
 #endif
   return v;

@@ -236,17 +236,6 @@ inline void gguf_unpack_block(GgufType type, const std::uint8_t* p, GgufBlock& b
   }
 }
 
-/// Stops the compiler from fusing the operation that made `value` with the next one.
-inline float gguf_rounded(float value) noexcept {
-#if NIBBLE_X86
-  __asm__("" : "+x"(value));
-  return value;
-#else
-  volatile float kept = value;
-  return kept;
-#endif
-}
-
 /// Float to integer as NumPy's cast gives on x86 once 1/d has overflowed (d is 0 in fp16 then, the code has no
 /// meaning).
 inline int gguf_to_int(float value) noexcept {
@@ -281,7 +270,7 @@ inline void gguf_pack_block(GgufType type, const float* x, std::uint8_t* out, st
     store_unaligned(out, gguf_checked_half(d, "scale", "Q4_1", block));
     store_unaligned(out + 2, gguf_checked_half(low, "minimum", "Q4_1", block));
     for (std::size_t i = 0; i < 32; ++i) {
-      const float scaled = gguf_rounded(gguf_rounded(x[i] - low) * inverse);
+      const float scaled = rounded(rounded(x[i] - low) * inverse);
       q[i] = gguf_to_int(scaled + 0.5F);
     }
     gguf_pack_nibbles(q, out + 4);
@@ -298,18 +287,18 @@ inline void gguf_pack_block(GgufType type, const float* x, std::uint8_t* out, st
     const float d = signed_peak / -8.0F;
     const float inverse = d == 0.0F ? 0.0F : 1.0F / d;
     store_unaligned(out, gguf_checked_half(d, "scale", "Q4_0", block));
-    for (std::size_t i = 0; i < 32; ++i) q[i] = gguf_to_int(gguf_rounded(x[i] * inverse) + 8.5F);
+    for (std::size_t i = 0; i < 32; ++i) q[i] = gguf_to_int(rounded(x[i] * inverse) + 8.5F);
     gguf_pack_nibbles(q, out + 2);
   } else {
     const float d = peak / 127.0F;
     const float inverse = d == 0.0F ? 0.0F : 1.0F / d;
     store_unaligned(out, gguf_checked_half(d, "scale", "Q8_0", block));
     for (std::size_t i = 0; i < 32; ++i) {
-      const float scaled = gguf_rounded(x[i] * inverse);
+      const float scaled = rounded(x[i] * inverse);
       const float magnitude = std::fabs(scaled);
       const float whole = std::floor(magnitude);
-      const int rounded = gguf_to_int(whole) + (magnitude - whole >= 0.5F ? 1 : 0);  // half away from zero
-      out[2 + i] = static_cast<std::uint8_t>(scaled < 0.0F ? -rounded : rounded);
+      const int nearest = gguf_to_int(whole) + (magnitude - whole >= 0.5F ? 1 : 0);  // half away from zero
+      out[2 + i] = static_cast<std::uint8_t>(scaled < 0.0F ? -nearest : nearest);
     }
   }
 }
@@ -364,7 +353,8 @@ inline void gguf_dequantize(GgufType type, const void* bytes, std::size_t elemen
         const std::int8_t* code = block.code + begin;
         if (block.has_offset) {
           const float offset = block.offset[g];
-          for (std::size_t i = 0; i < block.group; ++i) to[i] = scale * static_cast<float>(code[i]) + offset;
+          for (std::size_t i = 0; i < block.group; ++i)
+            to[i] = rounded(scale * static_cast<float>(code[i])) + offset;
         } else {
           for (std::size_t i = 0; i < block.group; ++i) to[i] = scale * static_cast<float>(code[i]);
         }

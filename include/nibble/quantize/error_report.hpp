@@ -30,7 +30,7 @@ class ErrorStats {
     xx_ += a * a;
     yy_ += b * b;
     xy_ += a * b;
-    ee_ += e * e;
+    ee_ += detail::rounded(e * e);  // the other products are exact
     raise_max(std::fabs(e));
   }
   void add(const ErrorStats& other) noexcept {
