@@ -353,8 +353,8 @@ inline void gguf_dequantize(GgufType type, const void* bytes, std::size_t elemen
         const std::int8_t* code = block.code + begin;
         if (block.has_offset) {
           const float offset = block.offset[g];
-          for (std::size_t i = 0; i < block.group; ++i)
-            to[i] = rounded(scale * static_cast<float>(code[i])) + offset;
+          // The product is exact (22 bits at most), so it does not matter whether the sum is fused with it.
+          for (std::size_t i = 0; i < block.group; ++i) to[i] = scale * static_cast<float>(code[i]) + offset;
         } else {
           for (std::size_t i = 0; i < block.group; ++i) to[i] = scale * static_cast<float>(code[i]);
         }
