@@ -132,6 +132,41 @@ TEST(Pack, PartsThatDoNotFitAreRefused) {
   EXPECT_THROW(parts(odd, w.codes(), w.scales(), w.zeros(), {}), InvalidArgument);
 }
 
+TEST(Pack, EveryScaleThatIsNotFiniteIsFound) {
+  for (const ScaleType type : {ScaleType::fp16, ScaleType::fp32}) {
+    Scheme scheme = scheme_of(Format::int4, Symmetry::float_offset, Granularity::per_group(16));
+    scheme.scale_type = type;
+    const PackedMatrix w = pack(random_quantized(scheme, 17, 3 * 16, 1));
+    const bool wide = type == ScaleType::fp32;
+    const std::size_t size = wide ? 4 : 2, params = w.scales().size() / size;
+    ASSERT_EQ(params, 2U * 3U * 16U);
+    const auto message = [&](std::size_t at, std::uint32_t bits, bool offset) -> std::string {
+      // What is largest on both sides must not spill into its neighbours.
+      Buffer changed(w.scales().size());
+      for (std::size_t i = 0; i < params; ++i) {
+        const std::uint32_t most = (wide ? 0x7F7FFFFFU : 0x7BFFU) | (i % 2 == 0 ? 0U
+                                                                     : wide     ? 0x80000000U
+                                                                                : 0x8000U);
+        std::memcpy(changed.mutable_data() + i * size, i == at ? &bits : &most, size);
+      }
+      try {
+        PackedMatrix::from_parts(w.header(), w.codes(), offset ? w.scales() : changed,
+                                 offset ? changed : w.zeros());
+      } catch (const InvalidArgument& e) {
+        return e.what();
+      }
+      return "";
+    };
+    EXPECT_EQ(message(params, 0, false), "");
+    for (std::size_t i = 0; i < params; ++i)
+      for (const std::uint32_t bits : wide ? std::vector<std::uint32_t>{0x7F800000U, 0xFF800000U, 0x7FC00001U}
+                                           : std::vector<std::uint32_t>{0x7C00U, 0xFC00U, 0x7E01U}) {
+        EXPECT_NE(message(i, bits, false).find("scale " + std::to_string(i) + " is not"), std::string::npos) << i;
+        EXPECT_NE(message(i, bits, true).find("offset " + std::to_string(i) + " is not"), std::string::npos) << i;
+      }
+  }
+}
+
 TEST(Pack, BorrowedBytesOfAnyAlignmentWork) {
   const PackedMatrix w = pack(random_quantized(
       scheme_of(Format::int4, Symmetry::float_offset, Granularity::per_group(32), ScaleType::fp16), 20, 70, 1));

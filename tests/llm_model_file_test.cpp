@@ -77,6 +77,19 @@ llm::QuantizePlan plan(const std::string& format, const std::vector<std::string>
 
 const auto ignore = [](const std::string&) {};
 
+bool same_vocabulary(const llm::Vocabulary& a, const llm::Vocabulary& b) {
+  bool same = a.size() == b.size() && a.merges().size() == b.merges().size();
+  for (Token t = 0; same && a.has(t); ++t)
+    same = a.token(t) == b.token(t) && a.type(t) == b.type(t) && a.find(a.token(t)) == b.find(a.token(t)) &&
+           a.score(t) == b.score(t);
+  for (std::size_t i = 0; same && i < a.merges().size(); ++i) {
+    const llm::MergeRule &m = a.merges()[i], &n = b.merges()[i];
+    same = m.left == n.left && m.right == n.right && m.result == n.result &&
+           a.find_merge(m.left, m.right) == b.find_merge(m.left, m.right);
+  }
+  return same;
+}
+
 TEST(FormatSpec, NamesAndDefaults) {
   const auto scheme = [](const char* text) { return llm::scheme_of(llm::parse_format(text)); };
   EXPECT_EQ(llm::name_of(scheme("fp16")), "fp16");
@@ -112,7 +125,7 @@ TEST(ModelFile, GgufHoldsWhatWasWritten) {
   EXPECT_EQ(llm::to_json(file->hparams()), llm::to_json(m.model.hparams));
   const llm::Vocabulary v = file->vocabulary();
   EXPECT_EQ(v.pre, "smollm");
-  EXPECT_EQ(v.merges.size(), 4U);
+  EXPECT_EQ(v.merges().size(), 4U);
   const std::vector<Token> tokens = llm_test::some_tokens(20, 262);
   llm::RunnerOptions options;
   options.context = 32;
@@ -136,12 +149,10 @@ TEST(ModelFile, PackedOpensWithoutTheGguf) {
   EXPECT_EQ(packed->tensors().size(), source->tensors().size());
   EXPECT_EQ(llm::to_json(packed->hparams()), llm::to_json(source->hparams()));
   const llm::Vocabulary a = source->vocabulary(), b = packed->vocabulary();
-  EXPECT_EQ(a.tokens, b.tokens);
-  EXPECT_EQ(a.types, b.types);
+  EXPECT_TRUE(same_vocabulary(a, b));
   EXPECT_EQ(a.model, b.model);
   EXPECT_EQ(a.pre, b.pre);
   EXPECT_EQ(a.eos, b.eos);
-  ASSERT_EQ(a.merges.size(), b.merges.size());
   const std::string text = "abab c d 12 abc \xC3\xA9";
   EXPECT_EQ(llm::Tokenizer(a).encode(text), llm::Tokenizer(b).encode(text));
   EXPECT_TRUE(same_bits(logits_of(folder / "m.safetensors"), logits_of(folder / "m.gguf")));
@@ -269,9 +280,16 @@ TEST(ModelFile, RefusesBrokenHyperparameters) {
   EXPECT_THROW(llm::hparams_of(j), nibble::FormatError);
 }
 
-TEST(ModelFile, RefusesBrokenVocabularies) {
-  const llm_test::TempFolder folder;
-  const auto write = [&](std::vector<std::uint32_t> ends, std::vector<std::int32_t> merges, bool settings) {
+/// A packed file that holds nothing but a vocabulary: "a", "b" and "ab" if `ends` say so.
+struct VocabularyFile {
+  std::vector<std::uint32_t> ends = {1, 2, 4};
+  std::vector<std::int32_t> merges = {0, 1, 2};
+  std::vector<std::uint32_t> token_index;  // none: a file of before there was one
+  std::vector<std::uint32_t> merge_index;
+  bool settings = true;
+
+  llm::Vocabulary read() const {
+    const llm_test::TempFolder folder;
     nibble::PackedFileWriter out(folder / "v.safetensors");
     out.add_metadata("hparams", llm::to_json(file_hparams()).dump());
     if (settings)
@@ -280,23 +298,91 @@ TEST(ModelFile, RefusesBrokenVocabularies) {
                        R"("add_space_prefix":false,"chat_template":""})");
     nibble::Buffer text(4);
     std::memcpy(text.mutable_data(), "abab", 4);
+    const auto add = [&](const char* name, const std::vector<std::uint32_t>& values) {
+      out.add_tensor(name, nibble::SafetensorsType::u32, {values.size()}, llm::FlatArray(values).buffer());
+    };
     out.add_tensor("tokenizer.text", nibble::SafetensorsType::u8, {4}, text);
-    out.add_tensor("tokenizer.ends", nibble::SafetensorsType::u32, {ends.size()},
-                   llm::packed_detail::buffer_of(ends));
+    add("tokenizer.ends", ends);
     out.add_tensor("tokenizer.types", nibble::SafetensorsType::u8, {3}, nibble::Buffer(3));
     out.add_tensor("tokenizer.merges", nibble::SafetensorsType::i32, {merges.size() / 3, 3},
-                   llm::packed_detail::buffer_of(merges));
+                   llm::FlatArray(merges).buffer());
+    if (!token_index.empty()) add("tokenizer.token_index", token_index);
+    if (!merge_index.empty()) add("tokenizer.merge_index", merge_index);
     out.commit();
     return llm::open_model(folder / "v.safetensors")->vocabulary();
-  };
-  const llm::Vocabulary v = write({1, 2, 4}, {0, 1, 2}, true);
-  EXPECT_EQ(v.tokens, (std::vector<std::string>{"a", "b", "ab"}));
+  }
+};
+
+TEST(ModelFile, ReadsVocabulariesWithoutIndices) {
+  const llm::Vocabulary v = VocabularyFile().read();
+  ASSERT_EQ(v.size(), 3U);
+  EXPECT_EQ(v.token(0), "a");
+  EXPECT_EQ(v.token(2), "ab");
+  EXPECT_EQ(v.find("ab"), 2);
+  EXPECT_EQ(v.find("ba"), llm::no_token);
+  EXPECT_EQ(v.find_merge(0, 1), 0U);
+  EXPECT_EQ(v.find_merge(1, 0), llm::FlatIndex::none);
   EXPECT_EQ(v.eos, llm::no_token);  // 99 does not exist
-  EXPECT_THROW(write({1, 2, 5}, {0, 1, 2}, true), nibble::FormatError);
-  EXPECT_THROW(write({2, 1, 4}, {0, 1, 2}, true), nibble::FormatError);
-  EXPECT_THROW(write({1, 2, 4}, {0, 1, 3}, true), nibble::FormatError);
-  EXPECT_THROW(write({1, 2, 4}, {0, -1, 2}, true), nibble::FormatError);
-  EXPECT_THROW(write({1, 2, 4}, {0, 1, 2}, false), nibble::FormatError);
+}
+
+TEST(ModelFile, RefusesBrokenVocabularies) {
+  const auto refused = [](const std::vector<std::uint32_t>& ends, const std::vector<std::int32_t>& merges) {
+    VocabularyFile file;
+    file.ends = ends;
+    file.merges = merges;
+    EXPECT_THROW(file.read(), nibble::FormatError);
+  };
+  refused({1, 2, 5}, {0, 1, 2});
+  refused({2, 1, 4}, {0, 1, 2});
+  refused({1, 2, 4}, {0, 1, 3});
+  refused({1, 2, 4}, {0, -1, 2});
+  VocabularyFile bare;
+  bare.settings = false;
+  EXPECT_THROW(bare.read(), nibble::FormatError);
+}
+
+TEST(ModelFile, ChecksIndicesWhereTheyAreUsed) {
+  constexpr std::uint32_t none = llm::FlatIndex::none;
+  VocabularyFile file;
+  file.token_index = {1, none, 1};  // no power of two
+  EXPECT_THROW(file.read(), nibble::FormatError);
+  const auto find = [&](const std::vector<std::uint32_t>& index) {
+    file.token_index = index;
+    return file.read().find("nowhere");
+  };
+  EXPECT_EQ(find({none, none, none, none}), llm::no_token);
+  EXPECT_THROW(find({0, 1, 2, 2}), nibble::FormatError);  // no free slot: a search would not end
+  EXPECT_THROW(find({3, 3, 3, 3}), nibble::FormatError);  // there is no entry 3
+  file.token_index.clear();
+  file.merge_index = {1, 1};
+  EXPECT_THROW(file.read().find_merge(0, 1), nibble::FormatError);
+  EXPECT_THROW(llm::Tokenizer(file.read()).encode("ab"), nibble::FormatError);
+  file.merge_index = {none, none};
+  EXPECT_EQ(file.read().find_merge(0, 1), none);
+}
+
+TEST(FlatIndex, FindsTheFirstOfEqualEntries) {
+  std::vector<std::string> entries;
+  for (int i = 0; i < 300; ++i) entries.push_back(std::to_string(i % 200));
+  // All hashes alike: the longest searches that there are.
+  for (const bool alike : {false, true}) {
+    const auto hash = [&](const std::string& text) { return alike ? 7 : llm::hash_of(text); };
+    const llm::FlatIndex index = llm::FlatIndex::build(
+        entries.size(), [&](std::size_t i) { return hash(entries[i]); },
+        [&](std::size_t i, std::size_t j) { return entries[i] == entries[j]; });
+    EXPECT_EQ(index.slots().size(), 1024U);
+    const auto find = [&](const std::string& text) {
+      return index.find(hash(text), [&](std::size_t i) { return entries[i] == text; });
+    };
+    for (std::uint32_t i = 0; i < 200; ++i) EXPECT_EQ(find(std::to_string(i)), i);
+    EXPECT_EQ(find("200"), llm::FlatIndex::none);
+  }
+}
+
+TEST(FlatIndex, HashesAreTheFilesOwn) {
+  EXPECT_EQ(llm::hash_of(""), 0xCBF29CE484222325U ^ 0xCBF29CE4U);
+  EXPECT_EQ(llm::hash_of("foobar"), 0x85944171F73967E8U ^ 0x85944171U);  // FNV-1a's published value
+  EXPECT_EQ(llm::hash_of(1, 2), 0x100000002U * 0x9E3779B97F4A7C15U >> 32);
 }
 
 TEST(Svg, IsWellFormedAndEscaped) {

@@ -126,7 +126,7 @@ TEST(Words, JoinedAreTheText) {
 }
 
 // The definition: join the pair of lowest rank, leftmost first, until none is left.
-std::vector<Token> naive_bpe(const llm::Vocabulary& v, const llm::Tokenizer& t, const std::string& text) {
+std::vector<Token> naive_bpe(const llm::VocabularyLists& v, const llm::Tokenizer& t, const std::string& text) {
   std::vector<Token> out;
   llm::split_words(text, llm::word_pattern(v.pre), [&](std::string_view word) {
     std::vector<Token> ids;
@@ -153,7 +153,7 @@ TEST(BytePairs, EqualTheDefinition) {
   const std::vector<std::string> merges = {"a a",   "aa a", "a b", "b a",  "aa aa",      "\xC4\xA0 a", "x 7",
                                            "ab ab", "z z",  "Z z", "aa b", "\xC4\xA0 x", ". .",        ".. ."};
   for (const char* pre : {"gpt-2", "smollm"}) {
-    const llm::Vocabulary v = llm_test::bpe_vocabulary(merges, pre);
+    const llm::VocabularyLists v = llm_test::bpe_vocabulary(merges, pre);
     ASSERT_EQ(v.merges.size(), merges.size());
     const llm::Tokenizer t(v);
     std::mt19937 random(2);
@@ -191,7 +191,7 @@ TEST(SpecialTokens, OnlyWhereAskedFor) {
 }
 
 TEST(SpecialTokens, TheLongestWins) {
-  llm::Vocabulary v = llm_test::bpe_vocabulary({});
+  llm::VocabularyLists v = llm_test::bpe_vocabulary({});
   v.tokens.insert(v.tokens.end(), {"<a>", "<a>>"});
   v.types.insert(v.types.end(), {llm::TokenType::user_defined, llm::TokenType::user_defined});
   const llm::Tokenizer t(v);
@@ -199,8 +199,8 @@ TEST(SpecialTokens, TheLongestWins) {
   EXPECT_EQ(t.piece(259), "<a>>");
 }
 
-llm::Vocabulary sentencepiece_vocabulary() {
-  llm::Vocabulary v;
+llm::VocabularyLists sentencepiece_vocabulary() {
+  llm::VocabularyLists v;
   v.model = "llama";
   v.tokens = {"<unk>", "<s>", "</s>"};
   v.types = {llm::TokenType::unknown, llm::TokenType::control, llm::TokenType::control};
@@ -231,7 +231,7 @@ TEST(SentencePiece, JoinsTheBestScoreFirst) {
   const llm::Tokenizer t(sentencepiece_vocabulary());
   const auto names = [&](const std::string& text) {
     Words out;
-    for (const Token id : t.encode(text)) out.push_back(t.vocabulary().tokens[static_cast<std::size_t>(id)]);
+    for (const Token id : t.encode(text)) out.emplace_back(t.vocabulary().token(id));
     return out;
   };
   const std::string mark = "\xE2\x96\x81";
@@ -281,7 +281,7 @@ TEST(Chat, ChatMlWithItsOwnSystemMessage) {
 }
 
 TEST(Tokenizer, RefusesWhatItDoesNotKnow) {
-  llm::Vocabulary v = llm_test::bpe_vocabulary({});
+  llm::VocabularyLists v = llm_test::bpe_vocabulary({});
   v.model = "wordpiece";
   EXPECT_THROW(llm::Tokenizer{v}, std::runtime_error);
   v.model = "gpt2";

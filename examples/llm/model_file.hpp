@@ -123,7 +123,7 @@ class PackedModelFile : public ModelFile {
   nibble::QuantizedTensor quantized(const std::string& name) const override { return file_.matrix(name).unpack(); }
   nibble::Scheme scheme(const std::string& name) const override { return file_.matrix(name).scheme(); }
   Eigen::VectorXf vector(const std::string& name) const override {
-    const auto values = packed_detail::values_of<float>(file_, name.c_str(), nibble::SafetensorsType::f32, true);
+    const auto values = packed_detail::array_of<float>(file_, name.c_str(), nibble::SafetensorsType::f32, true);
     return Eigen::Map<const Eigen::VectorXf>(values.data(), static_cast<Eigen::Index>(values.size()));
   }
 

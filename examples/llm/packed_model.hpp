@@ -7,13 +7,14 @@
 //   tokenizer.types   U8 [n]       tokenizer.ggml.token_type
 //   tokenizer.scores  F32 [n]      SentencePiece-style vocabularies only
 //   tokenizer.merges  I32 [m, 3]   byte-level BPE only: left, right, result
+//   tokenizer.token_index  U32 [slots]  tokens by the hash of their text (flat_index.hpp), so that nothing is built when
+//   tokenizer.merge_index  U32 [slots]  a program starts; merges by the hash of left and right. Files without are older
 #pragma once
 
-#include <cstring>
+#include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "hparams.hpp"
 #include "nibble/io/packed_file.hpp"
@@ -23,16 +24,10 @@ namespace llm {
 
 namespace packed_detail {
 
+/// A plain tensor where it is mapped; an empty array where it may be missing and is.
 template <class T>
-nibble::Buffer buffer_of(const std::vector<T>& values) {
-  nibble::Buffer buffer(values.size() * sizeof(T));
-  if (!values.empty()) std::memcpy(buffer.mutable_data(), values.data(), buffer.size());
-  return buffer;
-}
-
-template <class T>
-std::vector<T> values_of(const nibble::PackedFile& file, const char* name, nibble::SafetensorsType type,
-                         bool needed) {
+FlatArray<T> array_of(const nibble::PackedFile& file, const char* name, nibble::SafetensorsType type,
+                      bool needed) {
   const nibble::SafetensorsTensor* tensor = file.find_tensor(name);
   nibble::detail::require<nibble::FormatError>(tensor != nullptr || !needed, "packed model: tensor '", name,
                                                "' is missing");
@@ -40,9 +35,7 @@ std::vector<T> values_of(const nibble::PackedFile& file, const char* name, nibbl
   nibble::detail::require<nibble::FormatError>(tensor->type == type, "packed model: tensor '", name,
                                                "' is of type ", nibble::name_of(tensor->type), ", expected ",
                                                nibble::name_of(type));
-  std::vector<T> values(tensor->data.size() / sizeof(T));
-  if (!values.empty()) std::memcpy(values.data(), tensor->data.data(), values.size() * sizeof(T));
-  return values;
+  return FlatArray<T>(tensor->data);
 }
 
 inline nlohmann::json json_of(const nibble::PackedFile& file, const char* key) {
@@ -62,7 +55,6 @@ inline bool is_vocabulary_tensor(const std::string& name) { return name.compare(
 /// the weights, then write.
 inline void add_model_data(nibble::PackedFileWriter& out, const Hparams& hparams, const Vocabulary& v) {
   using nibble::SafetensorsType;
-  using packed_detail::buffer_of;
   out.add_metadata("hparams", to_json(hparams).dump());
   const nlohmann::json settings = {{"model", v.model},
                                    {"pre", v.pre},
@@ -74,69 +66,52 @@ inline void add_model_data(nibble::PackedFileWriter& out, const Hparams& hparams
                                    {"add_space_prefix", v.add_space_prefix},
                                    {"chat_template", v.chat_template}};
   out.add_metadata("tokenizer", settings.dump());
-  std::vector<char> text;
-  std::vector<std::uint32_t> ends;
-  for (const std::string& token : v.tokens) {
-    text.insert(text.end(), token.begin(), token.end());
-    ends.push_back(static_cast<std::uint32_t>(text.size()));
-  }
-  out.add_tensor("tokenizer.text", SafetensorsType::u8, {text.size()}, buffer_of(text));
-  out.add_tensor("tokenizer.ends", SafetensorsType::u32, {ends.size()}, buffer_of(ends));
-  out.add_tensor("tokenizer.types", SafetensorsType::u8, {v.types.size()}, buffer_of(v.types));
-  if (!v.scores.empty()) out.add_tensor("tokenizer.scores", v.scores);
-  if (v.merges.empty()) return;
-  std::vector<std::int32_t> merges;
-  for (const MergeRule& m : v.merges) merges.insert(merges.end(), {m.left, m.right, m.result});
-  out.add_tensor("tokenizer.merges", SafetensorsType::i32, {v.merges.size(), 3}, buffer_of(merges));
+  const Vocabulary::Arrays& a = v.arrays();
+  const auto add = [&](const char* name, SafetensorsType type, const auto& array) {
+    out.add_tensor(name, type, {array.size()}, array.buffer());
+  };
+  add("tokenizer.text", SafetensorsType::u8, a.text);
+  add("tokenizer.ends", SafetensorsType::u32, a.ends);
+  add("tokenizer.types", SafetensorsType::u8, a.types);
+  add("tokenizer.token_index", SafetensorsType::u32, a.token_index.slots());
+  if (!a.scores.empty()) add("tokenizer.scores", SafetensorsType::f32, a.scores);
+  if (a.merges.empty()) return;
+  out.add_tensor("tokenizer.merges", SafetensorsType::i32, {a.merges.size(), 3}, a.merges.buffer());
+  add("tokenizer.merge_index", SafetensorsType::u32, a.merge_index.slots());
 }
 
 /// Throws FormatError where something is missing or contradicts itself.
 inline Vocabulary vocabulary_of(const nibble::PackedFile& file) {
   using nibble::SafetensorsType;
-  using nibble::detail::require;
-  using packed_detail::values_of;
-  Vocabulary v;
-  const nlohmann::json settings = packed_detail::json_of(file, "tokenizer");
-  const auto text = values_of<char>(file, "tokenizer.text", SafetensorsType::u8, true);
-  const auto ends = values_of<std::uint32_t>(file, "tokenizer.ends", SafetensorsType::u32, true);
-  v.tokens.reserve(ends.size());
-  std::size_t begin = 0;
-  for (const std::uint32_t end : ends) {
-    require<nibble::FormatError>(end >= begin && end <= text.size(),
-                                 "packed model: tokenizer.ends does not ascend");
-    v.tokens.emplace_back(text.data() + begin, end - begin);
-    begin = end;
-  }
-  for (const std::uint8_t t : values_of<std::uint8_t>(file, "tokenizer.types", SafetensorsType::u8, true))
-    v.types.push_back(t >= 1 && t <= 6 ? static_cast<TokenType>(t) : TokenType::normal);
-  v.scores = values_of<float>(file, "tokenizer.scores", SafetensorsType::f32, false);
-  const auto merges = values_of<std::int32_t>(file, "tokenizer.merges", SafetensorsType::i32, false);
-  const auto known = [&](std::int32_t t) { return t >= 0 && static_cast<std::size_t>(t) < v.tokens.size(); };
-  v.merges.reserve(merges.size() / 3);
-  for (std::size_t i = 0; i + 3 <= merges.size(); i += 3) {
-    const MergeRule rule{merges[i], merges[i + 1], merges[i + 2]};
-    require<nibble::FormatError>(known(rule.left) && known(rule.right) && known(rule.result),
-                                 "packed model: tokenizer.merges names a token that does not exist");
-    v.merges.push_back(rule);
-  }
+  using packed_detail::array_of;
+  const nlohmann::json json = packed_detail::json_of(file, "tokenizer");
+  VocabularySettings settings;
   try {
-    v.model = settings.at("model").get<std::string>();
-    v.pre = settings.at("pre").get<std::string>();
-    const auto token = [&](const char* key) {
-      const auto t = settings.at(key).get<Token>();
-      return known(t) ? t : no_token;
-    };
-    v.bos = token("bos");
-    v.eos = token("eos");
-    v.eot = token("eot");
-    v.unknown = token("unknown");
-    v.add_bos = settings.at("add_bos").get<bool>();
-    v.add_space_prefix = settings.at("add_space_prefix").get<bool>();
-    v.chat_template = settings.at("chat_template").get<std::string>();
+    settings.model = json.at("model").get<std::string>();
+    settings.pre = json.at("pre").get<std::string>();
+    settings.bos = json.at("bos").get<Token>();
+    settings.eos = json.at("eos").get<Token>();
+    settings.eot = json.at("eot").get<Token>();
+    settings.unknown = json.at("unknown").get<Token>();
+    settings.add_bos = json.at("add_bos").get<bool>();
+    settings.add_space_prefix = json.at("add_space_prefix").get<bool>();
+    settings.chat_template = json.at("chat_template").get<std::string>();
   } catch (const nlohmann::json::exception& e) {
     throw nibble::FormatError(std::string("packed model: the tokenizer's settings are broken: ") + e.what());
   }
-  return v;
+  Vocabulary::Arrays a;
+  a.text = array_of<char>(file, "tokenizer.text", SafetensorsType::u8, true);
+  a.ends = array_of<std::uint32_t>(file, "tokenizer.ends", SafetensorsType::u32, true);
+  a.types = array_of<std::uint8_t>(file, "tokenizer.types", SafetensorsType::u8, true);
+  a.scores = array_of<float>(file, "tokenizer.scores", SafetensorsType::f32, false);
+  a.merges = array_of<MergeRule>(file, "tokenizer.merges", SafetensorsType::i32, false);
+  const auto index = [&](const char* name, std::size_t entries) {
+    const auto slots = array_of<std::uint32_t>(file, name, SafetensorsType::u32, false);
+    return file.find_tensor(name) == nullptr ? FlatIndex() : FlatIndex(slots, entries);
+  };
+  a.token_index = index("tokenizer.token_index", a.ends.size());
+  a.merge_index = index("tokenizer.merge_index", a.merges.size());
+  return {std::move(settings), std::move(a)};
 }
 
 }  // namespace llm

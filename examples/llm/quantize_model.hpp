@@ -167,15 +167,19 @@ inline void add_metadata(nibble::GgufWriter& out, const Hparams& h, const Vocabu
   out.add("llama.vocab_size", u32(h.vocabulary));
   out.add("tokenizer.ggml.model", v.model);
   if (v.model == "gpt2") out.add("tokenizer.ggml.pre", v.pre);
-  out.add("tokenizer.ggml.tokens", v.tokens);
+  std::vector<std::string> tokens;
   std::vector<std::int32_t> types;
-  for (const TokenType t : v.types) types.push_back(static_cast<std::int32_t>(t));
-  if (!types.empty()) out.add("tokenizer.ggml.token_type", types);
-  if (!v.scores.empty()) out.add("tokenizer.ggml.scores", v.scores);
+  for (Token t = 0; v.has(t); ++t) {
+    tokens.emplace_back(v.token(t));
+    types.push_back(static_cast<std::int32_t>(v.type(t)));
+  }
+  out.add("tokenizer.ggml.tokens", tokens);
+  if (!v.arrays().types.empty()) out.add("tokenizer.ggml.token_type", types);
+  const FlatArray<float>& scores = v.arrays().scores;
+  if (!scores.empty()) out.add("tokenizer.ggml.scores", std::vector<float>(scores.begin(), scores.end()));
   std::vector<std::string> merges;
-  for (const MergeRule& m : v.merges)
-    merges.push_back(v.tokens[static_cast<std::size_t>(m.left)] + " " +
-                     v.tokens[static_cast<std::size_t>(m.right)]);
+  for (const MergeRule& m : v.merges())
+    merges.push_back(tokens[static_cast<std::size_t>(m.left)] + " " + tokens[static_cast<std::size_t>(m.right)]);
   if (!merges.empty()) out.add("tokenizer.ggml.merges", merges);
   const auto token = [&](const char* key, Token t) {
     if (t != no_token) out.add(key, static_cast<std::uint32_t>(t));

@@ -28,18 +28,13 @@ class Tokenizer {
     byte_level_ = vocabulary_.model == "gpt2";
     if (!byte_level_ && vocabulary_.model != "llama")
       throw std::runtime_error("tokenizer model '" + vocabulary_.model + "' is not known (gpt2 and llama are)");
-    const std::size_t n = vocabulary_.size();
-    if (n == 0) throw std::runtime_error("the vocabulary is empty");
-    ids_.reserve(n);
-    for (std::size_t i = 0; i < n; ++i) ids_.emplace(vocabulary_.tokens[i], static_cast<Token>(i));
+    if (vocabulary_.size() == 0) throw std::runtime_error("the vocabulary is empty");
     if (byte_level_)
       prepare_byte_level();
     else
       prepare_sentencepiece();
     prepare_special();
   }
-  Tokenizer(const Tokenizer&) = delete;  // ids_ looks into vocabulary_
-  Tokenizer& operator=(const Tokenizer&) = delete;
 
   const Vocabulary& vocabulary() const { return vocabulary_; }
 
@@ -66,7 +61,7 @@ class Tokenizer {
       }
       plain(text.substr(begin, at - begin));
       out.push_back(t);
-      at += vocabulary_.tokens[static_cast<std::size_t>(t)].size();
+      at += vocabulary_.token(t).size();
       begin = at;
       after_special = true;
     }
@@ -75,20 +70,17 @@ class Tokenizer {
   }
 
   /// The id of the token that is spelled `text` in the vocabulary, or no_token.
-  Token find(std::string_view text) const {
-    const auto it = ids_.find(text);
-    return it == ids_.end() ? no_token : it->second;
-  }
+  Token find(std::string_view text) const { return vocabulary_.find(text); }
 
   /// The bytes that `token` stands for; nothing for control tokens. They may be a part of a character.
   std::string piece(Token token) const {
-    if (token < 0 || static_cast<std::size_t>(token) >= vocabulary_.size()) return {};
-    const std::string& text = vocabulary_.tokens[static_cast<std::size_t>(token)];
+    if (!vocabulary_.has(token)) return {};
+    const std::string_view text = vocabulary_.token(token);
     switch (vocabulary_.type(token)) {
       case TokenType::control:
       case TokenType::unused: return {};
       case TokenType::unknown: return "\xEF\xBF\xBD";
-      case TokenType::user_defined: return text;
+      case TokenType::user_defined: return std::string(text);
       case TokenType::byte: return std::string(1, static_cast<char>(byte_value(text)));
       case TokenType::normal: break;
     }
@@ -100,15 +92,6 @@ class Tokenizer {
 
  private:
   using WordCache = std::unordered_map<std::string, std::vector<Token>>;
-  struct Merge {
-    std::int32_t rank = 0;
-    Token result = no_token;
-  };
-
-  static std::uint64_t pair_key(Token left, Token right) {
-    return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32 | static_cast<std::uint32_t>(right);
-  }
-
   // GPT-2 writes every byte as a printable character: these stand for themselves, the others for 0x100, 0x101, ...
   static bool prints_itself(unsigned b) { return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174; }
 
@@ -116,17 +99,14 @@ class Tokenizer {
     pattern_ = word_pattern(vocabulary_.pre);
     // Llama 3's vocabulary holds words that its merges cannot build.
     whole_words_ = pattern_ == WordPattern::llama3;
+    byte_of_char_.fill(-1);
     std::uint32_t next = 0x100;
     for (unsigned b = 0; b < 256; ++b) {
       const std::uint32_t c = prints_itself(b) ? b : next++;
       append_utf8(byte_text_[b], c);
-      byte_of_char_.emplace(c, static_cast<unsigned char>(b));
+      byte_of_char_[c] = static_cast<std::int16_t>(b);
       byte_token_[b] = find(byte_text_[b]);
     }
-    merges_.reserve(vocabulary_.merges.size());
-    std::int32_t rank = 0;
-    for (const MergeRule& rule : vocabulary_.merges)
-      merges_.emplace(pair_key(rule.left, rule.right), Merge{rank++, rule.result});
   }
 
   void prepare_sentencepiece() {
@@ -134,7 +114,6 @@ class Tokenizer {
       static const char* const digits = "0123456789ABCDEF";
       byte_token_[b] = find(std::string("<0x") + digits[b >> 4] + digits[b & 15] + ">");
     }
-    vocabulary_.scores.resize(vocabulary_.size(), 0.0F);
   }
 
   void prepare_special() {
@@ -142,14 +121,12 @@ class Tokenizer {
       const auto t = static_cast<Token>(i);
       const TokenType type = vocabulary_.type(t);
       if (type != TokenType::control && type != TokenType::user_defined) continue;
-      if (vocabulary_.tokens[i].empty()) continue;
-      special_by_byte_[static_cast<unsigned char>(vocabulary_.tokens[i][0])].push_back(t);
+      const std::string_view spelled = vocabulary_.token(t);
+      if (!spelled.empty()) special_by_byte_[static_cast<unsigned char>(spelled[0])].push_back(t);
     }
     for (auto& list : special_by_byte_)
-      std::sort(list.begin(), list.end(), [&](Token a, Token b) {
-        return vocabulary_.tokens[static_cast<std::size_t>(a)].size() >
-               vocabulary_.tokens[static_cast<std::size_t>(b)].size();
-      });
+      std::sort(list.begin(), list.end(),
+                [&](Token a, Token b) { return vocabulary_.token(a).size() > vocabulary_.token(b).size(); });
     for (const Token t : {vocabulary_.eos, vocabulary_.eot, vocabulary_.bos})
       if (t != no_token) ends_.insert(t);  // a new beginning ends the text as well
     for (const char* name : {"<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "</s>"})
@@ -160,7 +137,7 @@ class Tokenizer {
   Token special_at(std::string_view text, std::size_t at, bool control) const {
     for (const Token t : special_by_byte_[static_cast<unsigned char>(text[at])]) {
       if (!control && vocabulary_.type(t) == TokenType::control) continue;
-      const std::string& spelled = vocabulary_.tokens[static_cast<std::size_t>(t)];
+      const std::string_view spelled = vocabulary_.token(t);
       if (text.compare(at, spelled.size(), spelled) == 0) return t;
     }
     return no_token;
@@ -198,28 +175,26 @@ class Tokenizer {
     if (symbols.empty()) return;
 
     struct Candidate {
-      std::int32_t rank;
+      std::uint32_t rank;  // the rule's number
       int left;
       int right;
       Token left_id;
       Token right_id;
-      Token result;
       bool operator<(const Candidate& o) const { return std::tie(o.rank, o.left) < std::tie(rank, left); }
     };
     std::priority_queue<Candidate> queue;
     const auto at = [&](int i) -> Symbol& { return symbols[static_cast<std::size_t>(i)]; };
     const auto propose = [&](int left, int right) {
       if (left < 0 || right < 0) return;
-      const auto merge = merges_.find(pair_key(at(left).id, at(right).id));
-      if (merge != merges_.end())
-        queue.push({merge->second.rank, left, right, at(left).id, at(right).id, merge->second.result});
+      const std::uint32_t rule = vocabulary_.find_merge(at(left).id, at(right).id);
+      if (rule != FlatIndex::none) queue.push({rule, left, right, at(left).id, at(right).id});
     };
     for (int i = 1; i < static_cast<int>(symbols.size()); ++i) propose(i - 1, i);
     while (!queue.empty()) {
       const Candidate c = queue.top();
       queue.pop();
       if (at(c.left).id != c.left_id || at(c.right).id != c.right_id || at(c.left).next != c.right) continue;
-      at(c.left).id = c.result;
+      at(c.left).id = vocabulary_.merges()[c.rank].result;
       at(c.left).next = at(c.right).next;
       if (at(c.right).next >= 0) at(at(c.right).next).previous = c.left;
       at(c.right).id = no_token;
@@ -260,7 +235,7 @@ class Tokenizer {
       if (left < 0 || right < 0) return;
       const std::size_t bytes = at(left).text.size() + at(right).text.size();
       const Token t = find(std::string_view(at(left).text.data(), bytes));
-      if (t != no_token) queue.push({vocabulary_.scores[static_cast<std::size_t>(t)], left, right, bytes});
+      if (t != no_token) queue.push({vocabulary_.score(t), left, right, bytes});
     };
     for (int i = 1; i < static_cast<int>(symbols.size()); ++i) propose(i - 1, i);
     while (!queue.empty()) {
@@ -294,9 +269,9 @@ class Tokenizer {
     std::string bytes;
     for (std::size_t at = 0; at < text.size();) {
       const CodePoint p = decode_utf8(text, at);
-      const auto it = byte_of_char_.find(p.value);
-      if (p.valid && it != byte_of_char_.end())
-        bytes.push_back(static_cast<char>(it->second));
+      const int byte = p.value < byte_of_char_.size() ? byte_of_char_[p.value] : -1;
+      if (p.valid && byte >= 0)
+        bytes.push_back(static_cast<char>(byte));
       else
         bytes.append(text.substr(at, p.bytes));
       at += p.bytes;
@@ -330,11 +305,9 @@ class Tokenizer {
   bool byte_level_ = false;
   bool whole_words_ = false;
   WordPattern pattern_ = WordPattern::gpt2;
-  std::unordered_map<std::string_view, Token> ids_;
-  std::unordered_map<std::uint64_t, Merge> merges_;
   std::array<std::string, 256> byte_text_;
   std::array<Token, 256> byte_token_{};
-  std::unordered_map<std::uint32_t, unsigned char> byte_of_char_;
+  std::array<std::int16_t, 0x144> byte_of_char_{};  // -1: no byte; 0x100 + 68 is the last that is one
   std::array<std::vector<Token>, 256> special_by_byte_;
   std::unordered_set<Token> ends_;
 };

@@ -3,11 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "flat_index.hpp"
 #include "nibble/io/gguf.hpp"
 
 namespace llm {
@@ -32,13 +35,10 @@ struct MergeRule {
   Token result = no_token;
 };
 
-struct Vocabulary {
+/// How a vocabulary is used.
+struct VocabularySettings {
   std::string model;  // "gpt2": byte-level BPE; "llama": SentencePiece-style
   std::string pre;    // how byte-level BPE cuts text into words before merging
-  std::vector<std::string> tokens;
-  std::vector<TokenType> types;
-  std::vector<float> scores;      // llama
-  std::vector<MergeRule> merges;  // gpt2: best first
   Token bos = no_token;
   Token eos = no_token;
   Token eot = no_token;  // end of a chat turn, where it is not eos
@@ -46,12 +46,125 @@ struct Vocabulary {
   bool add_bos = false;
   bool add_space_prefix = false;  // llama: text starts as if a space stood before it
   std::string chat_template;      // Jinja, see chat.hpp
+};
 
-  std::size_t size() const { return tokens.size(); }
+/// A vocabulary as lists, to make one from.
+struct VocabularyLists : VocabularySettings {
+  std::vector<std::string> tokens;
+  std::vector<TokenType> types;
+  std::vector<float> scores;      // llama
+  std::vector<MergeRule> merges;  // gpt2: best first
+};
+
+/// A vocabulary as the tokenizer needs it: a few flat arrays, which a packed file holds and lends as they are mapped.
+/// Copies share them.
+class Vocabulary : public VocabularySettings {
+ public:
+  struct Arrays {
+    FlatArray<char> text;           // all tokens, one after the other
+    FlatArray<std::uint32_t> ends;  // where each token ends in it
+    FlatArray<std::uint8_t> types;  // TokenType; what is missing or out of its range is normal
+    FlatArray<float> scores;        // llama
+    FlatArray<MergeRule> merges;    // gpt2: best first
+    FlatIndex token_index;          // tokens by hash_of(text)
+    FlatIndex merge_index;          // merges by hash_of(left, right)
+  };
+
+  Vocabulary() = default;
+  Vocabulary(const VocabularyLists& lists)  // NOLINT(google-explicit-constructor): one thing in another form
+      : VocabularySettings(lists) {
+    std::vector<char> text;
+    std::vector<std::uint32_t> ends;
+    for (const std::string& token : lists.tokens) {
+      text.insert(text.end(), token.begin(), token.end());
+      ends.push_back(static_cast<std::uint32_t>(text.size()));
+    }
+    std::vector<std::uint8_t> types;
+    for (const TokenType t : lists.types) types.push_back(static_cast<std::uint8_t>(t));
+    arrays_.text = FlatArray<char>(text);
+    arrays_.ends = FlatArray<std::uint32_t>(ends);
+    arrays_.types = FlatArray<std::uint8_t>(types);
+    arrays_.scores = FlatArray<float>(lists.scores);
+    arrays_.merges = FlatArray<MergeRule>(lists.merges);
+    complete();
+  }
+  /// Indices that are missing are made. Throws FormatError where the arrays contradict each other.
+  Vocabulary(VocabularySettings settings, Arrays arrays)
+      : VocabularySettings(std::move(settings)), arrays_(std::move(arrays)) {
+    complete();
+  }
+
+  std::size_t size() const { return arrays_.ends.size(); }
+  bool has(Token t) const { return t >= 0 && static_cast<std::size_t>(t) < size(); }
+
+  /// The spelling of a token that there is.
+  std::string_view token(Token t) const { return token_at(static_cast<std::size_t>(t)); }
   TokenType type(Token t) const {
     const auto i = static_cast<std::size_t>(t);
-    return i < types.size() ? types[i] : TokenType::normal;
+    const std::uint8_t type = i < arrays_.types.size() ? arrays_.types[i] : std::uint8_t{1};
+    return type >= 1 && type <= 6 ? static_cast<TokenType>(type) : TokenType::normal;
   }
+  float score(Token t) const {
+    const auto i = static_cast<std::size_t>(t);
+    return i < arrays_.scores.size() ? arrays_.scores[i] : 0.0F;
+  }
+  const FlatArray<MergeRule>& merges() const { return arrays_.merges; }
+  const Arrays& arrays() const { return arrays_; }
+
+  /// The token that is spelled `text`, or no_token.
+  Token find(std::string_view text) const {
+    const std::uint32_t t =
+        arrays_.token_index.find(hash_of(text), [&](std::size_t i) { return token_at(i) == text; });
+    return t == FlatIndex::none ? no_token : static_cast<Token>(t);
+  }
+  /// The number of the rule that joins the two, or FlatIndex::none.
+  std::uint32_t find_merge(Token left, Token right) const {
+    return arrays_.merge_index.find(hash_of(left, right), [&](std::size_t i) {
+      return arrays_.merges[i].left == left && arrays_.merges[i].right == right;
+    });
+  }
+
+ private:
+  std::string_view token_at(std::size_t i) const {
+    const std::uint32_t begin = i == 0 ? 0 : arrays_.ends[i - 1];
+    return {arrays_.text.data() + begin, arrays_.ends[i] - begin};
+  }
+
+  /// Checks what a file may have wrong, in one pass over numbers, and makes the indices that it does not have.
+  void complete() {
+    using nibble::FormatError;
+    using nibble::detail::require;
+    require<FormatError>(size() <= static_cast<std::size_t>(std::numeric_limits<Token>::max()) &&
+                             arrays_.merges.size() < FlatIndex::none,
+                         "the vocabulary has ", size(), " tokens");
+    bool ascends = true;
+    std::uint32_t last = 0;
+    for (const std::uint32_t end : arrays_.ends) {
+      ascends &= end >= last;
+      last = end;
+    }
+    require<FormatError>(ascends && last <= arrays_.text.size(),
+                         "the vocabulary's ends of tokens do not ascend within its text");
+    bool known = true;
+    for (const MergeRule& rule : arrays_.merges) known &= has(rule.left) & has(rule.right) & has(rule.result);
+    require<FormatError>(known, "the vocabulary's merges name a token that does not exist");
+    for (Token* t : {&bos, &eos, &eot, &unknown})
+      if (!has(*t)) *t = no_token;
+    if (arrays_.token_index.empty())
+      arrays_.token_index = FlatIndex::build(
+          size(), [&](std::size_t i) { return hash_of(token_at(i)); },
+          [&](std::size_t i, std::size_t j) { return token_at(i) == token_at(j); });
+    if (arrays_.merge_index.empty())
+      arrays_.merge_index = FlatIndex::build(
+          arrays_.merges.size(),
+          [&](std::size_t i) { return hash_of(arrays_.merges[i].left, arrays_.merges[i].right); },
+          [&](std::size_t i, std::size_t j) {
+            return arrays_.merges[i].left == arrays_.merges[j].left &&
+                   arrays_.merges[i].right == arrays_.merges[j].right;
+          });
+  }
+
+  Arrays arrays_;
 };
 
 /// GGUF's merges, "left right" as text, by token ids. Rules that speak of no token of the vocabulary can never apply
@@ -82,7 +195,7 @@ inline std::vector<MergeRule> merge_rules(const std::vector<std::string>& tokens
 
 /// Reads the vocabulary that a GGUF carries under tokenizer.*. Throws FormatError where it is broken.
 inline Vocabulary vocabulary_of(const nibble::GgufFile& file) {
-  Vocabulary v;
+  VocabularyLists v;
   v.model = file.get<std::string>("tokenizer.ggml.model");
   v.pre = file.get_or<std::string>("tokenizer.ggml.pre", "default");
   v.tokens = file.get<nibble::GgufArray>("tokenizer.ggml.tokens").as<std::string>();

@@ -1,0 +1,143 @@
+// What the commands of the program share: arguments, a model ready to run, files.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstddef>
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../machine_limits.hpp"
+#include "../model.hpp"
+#include "../model_file.hpp"
+#include "../tokenizer.hpp"
+#include "nibble/io/atomic_file.hpp"
+
+namespace llm {
+namespace commands {
+
+/// What several commands share.
+struct Common {
+  std::string model;
+  std::string json;
+  std::string activations = "auto";
+  int threads = 0;
+};
+
+inline nibble::Activations activations_of(const Common& c) {
+  return c.activations == "float" ? nibble::Activations::fp32 : nibble::Activations::automatic;
+}
+
+inline void write_file(const std::string& path, const std::string& text) {
+  nibble::AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+inline void write_json(const Common& c, const nlohmann::json& json) {
+  if (!c.json.empty())
+    write_file(c.json, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+inline std::string read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw nibble::IoError("cannot open '" + path + "'");
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+inline double mib(std::size_t bytes) { return static_cast<double>(bytes) / 1048576.0; }
+
+/// Where the time of a start goes: one mark after each phase.
+class Phases {
+ public:
+  void mark(const char* name) {
+    const double now = limits_detail::seconds_now();
+    spent_.emplace_back(name, now - last_);
+    last_ = now;
+  }
+  nlohmann::json to_json() const {
+    nlohmann::json json = nlohmann::json::object();
+    for (const auto& [name, seconds] : spent_) json[name] = seconds;
+    return json;
+  }
+  /// One line: each phase's milliseconds.
+  std::string text() const {
+    std::string line;
+    for (const auto& [name, seconds] : spent_) {
+      char part[64];
+      std::snprintf(part, sizeof part, "%s%s %.2f ms", line.empty() ? "" : ", ", name, seconds * 1e3);
+      line += part;
+    }
+    return line;
+  }
+
+ private:
+  double last_ = limits_detail::seconds_now();
+  std::vector<std::pair<const char*, double>> spent_;
+};
+
+/// A model that is open and ready to run.
+struct Session {
+  Phases phases;
+  nibble::ThreadPool pool;
+  std::unique_ptr<Tokenizer> tokenizer;
+  Model model;
+  std::size_t file_bytes = 0;
+  double load_seconds = 0.0;
+
+  explicit Session(const Common& c) : pool(c.threads) {
+    const double start = limits_detail::seconds_now();
+    // What the model needs of the file it keeps itself: a GGUF's map goes, a packed file's stays.
+    const auto file = open_model(c.model);
+    phases.mark("open");
+    file_bytes = file->bytes();
+    tokenizer = std::make_unique<Tokenizer>(file->vocabulary());
+    if (tokenizer->vocabulary().size() > file->hparams().vocabulary)
+      throw nibble::FormatError("the vocabulary has more tokens than the embedding has rows");
+    phases.mark("vocabulary");
+    model = load_model(*file, &pool);
+    phases.mark("weights");
+    load_seconds = limits_detail::seconds_now() - start;
+  }
+  nibble::ThreadPool* workers() { return pool.threads() > 1 ? &pool : nullptr; }
+};
+
+inline void add_common(CLI::App* app, Common& c, bool runs) {
+  app->add_option("--json", c.json, "Write every figure to this file as JSON");
+  if (!runs) return;
+  app->add_option(
+         "--activations", c.activations,
+         "float: exact products of the dequantized weights; int8: quantize activations where the weights are "
+         "integers; auto: int8 for them, float for the others")
+      ->check(CLI::IsMember({"auto", "float", "int8"}))
+      ->capture_default_str();
+}
+
+inline void add_threads(CLI::App* app, Common& c) {
+  app->add_option("--threads", c.threads, "Threads; 0: all cores. Results do not depend on it")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+}
+
+inline CLI::Option* add_model(CLI::App* app, Common& c) {
+  return app->add_option("model", c.model, "A GGUF, or a packed .safetensors made by nibble quantize")
+      ->required()
+      ->check(CLI::ExistingFile);
+}
+
+/// A subcommand; `run` is called once all of the command line is understood.
+inline CLI::App* add_command(CLI::App& app, const char* name, const char* what, std::function<void()>& action,
+                             std::function<void()> run) {
+  CLI::App* command = app.add_subcommand(name, what);
+  command->callback([&action, run = std::move(run)] { action = run; });
+  return command;
+}
+
+}  // namespace commands
+}  // namespace llm

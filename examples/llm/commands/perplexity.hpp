@@ -1,0 +1,82 @@
+// nibble perplexity: how well a model predicts a text.
+#pragma once
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../perplexity.hpp"
+#include "../progress.hpp"
+#include "../runner.hpp"
+#include "common.hpp"
+
+namespace llm {
+namespace commands {
+
+struct PerplexityArguments {
+  std::string text;
+  std::size_t context = 512;
+  std::size_t windows = 0;  // 0: all
+};
+
+inline void perplexity(const Common& c, const PerplexityArguments& a) {
+  const std::string text = read_text(a.text);
+  Session s(c);
+  const std::vector<Token> tokens = s.tokenizer->encode(text);
+  const std::size_t available = tokens.size() / a.context;
+  nibble::detail::require(available > 0, "'", a.text, "' has ", tokens.size(), " tokens, a window takes ",
+                          a.context);
+  const std::size_t windows = a.windows == 0 ? available : a.windows;
+  nibble::detail::require(windows <= available, "'", a.text, "' has ", tokens.size(), " tokens: ", available,
+                          " windows of ", a.context, ", not ", windows);
+  RunnerOptions options;
+  options.context = a.context;
+  options.activations = activations_of(c);
+  options.pool = s.workers();
+  Runner runner(s.model, options);
+  const double start = limits_detail::seconds_now();
+  PerplexityResult result;
+  {
+    Progress progress("perplexity", windows);
+    result = llm::perplexity(runner, tokens, a.context, windows, s.workers(), [&](const PerplexityResult& r) {
+      char note[32];
+      std::snprintf(note, sizeof note, "%.4f", r.perplexity());
+      progress.step(note);
+    });
+  }
+  const double seconds = limits_detail::seconds_now() - start;
+  std::printf("perplexity %.4f over %zu windows of %zu (%zu tokens in the text), %.1f s\n", result.perplexity(),
+              result.windows, a.context, tokens.size(), seconds);
+  write_json(c, {{"model", c.model},
+                 {"text", a.text},
+                 {"activations", c.activations},
+                 {"perplexity", result.perplexity()},
+                 {"negative_log_likelihood", result.negative_log_likelihood},
+                 {"predictions", result.predictions},
+                 {"windows", result.windows},
+                 {"context", a.context},
+                 {"tokens", tokens.size()},
+                 {"threads", s.pool.threads()},
+                 {"load_seconds", s.load_seconds},
+                 {"seconds", seconds}});
+}
+
+inline void add_perplexity(CLI::App& app, Common& c, std::function<void()>& action) {
+  const auto a = std::make_shared<PerplexityArguments>();
+  CLI::App* command = add_command(
+      app, "perplexity", "Perplexity of a text: windows side by side, the second half of each is predicted",
+      action, [&c, a] { perplexity(c, *a); });
+  add_model(command, c);
+  command->add_option("text", a->text, "A text file")->required()->check(CLI::ExistingFile);
+  command->add_option("--context", a->context, "Tokens of a window")
+      ->check(CLI::Range(std::size_t{4}, std::size_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--windows", a->windows, "Windows, from the start of the text; 0: all")
+      ->capture_default_str();
+  add_threads(command, c);
+  add_common(command, c, true);
+}
+
+}  // namespace commands
+}  // namespace llm
