@@ -320,7 +320,7 @@ const char usage[] =
     "  --json FILE         all rows\n"
     "  --svg DIR           draws roofline.svg, sweep_tokens.svg and sweep_shapes.svg (adds the sweeps)\n"
     "  --suite LIST        of limits,gemm,quantize,sweep (limits,gemm,quantize)\n"
-    "  --kernels LIST      of w8a8,w4a8,w4a16,w8a16,nf4,fp16,bf16,fp32,fp32_dense (all)\n"
+    "  --kernels LIST      of w8a8,w4a8,w4a16,w8a16,nf4,fp16,bf16,bf16_bf16,fp32,fp32_dense (all)\n"
     "  --isas LIST         names of ISAs, e.g. avx2,avx512vnni (avx2 and the best that this CPU runs)\n"
     "  --shapes LIST       such as 4096x4096,576x576: outputs x inputs\n"
     "  --tokens LIST       such as 1,16,512\n"

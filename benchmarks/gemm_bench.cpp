@@ -60,6 +60,7 @@ const std::vector<Spec>& all_specs() {
       {"nf4", group(Format::nf4, 64, Symmetry::symmetric), Activations::fp32, false, true},
       {"fp16", {Format::fp16, Symmetry::symmetric, {}, {}}, Activations::fp32, false, true},
       {"bf16", {Format::bf16, Symmetry::symmetric, {}, {}}, Activations::fp32, false, true},
+      {"bf16_bf16", {Format::bf16, Symmetry::symmetric, {}, {}}, Activations::bf16, false, true},
       {"fp32", {Format::fp32, Symmetry::symmetric, {}, {}}, Activations::fp32, false, true},
       {"fp32_dense", {Format::fp32, Symmetry::symmetric, {}, {}}, Activations::fp32, true},
   };

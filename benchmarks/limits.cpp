@@ -438,6 +438,7 @@ std::string compute_limit_of(const std::string& kernel, const std::string& isa, 
     const bool small = group_size > 0 && group_size < 128;
     return std::string(small ? "w4_g32_" : "w4_g128_") + (avx512 ? "avx512" : "avx2");
   }
+  if (kernel == "bf16_bf16" && isa == "avx512bf16") return "dpbf16_avx512";
   return avx512 ? "fma_avx512" : "fma_avx2";
 }
 

@@ -126,6 +126,64 @@ TEST(Matmul, FloatActivationsEqualTheDequantizedProduct) {
       }
 }
 
+// The sum of pairs, odd k first, of weights and activations in bfloat16. Values lie far from subnormals.
+TEST(Matmul, Bf16Activations) {
+  const Scheme scheme = scheme_of(Format::bf16, Symmetry::symmetric, Granularity::per_tensor());
+  ThreadPool pool(2);
+  unsigned seed = 50;
+  for (const auto& [n, k] : {std::pair<std::size_t, std::size_t>{1, 1}, {17, 33}, {150, 517}})
+    for (Index m : {1, 2, 3, 7, 8, 11, 13, 25, 300}) {
+      const QuantizedTensor q = random_quantized(scheme, n, k, ++seed);
+      const PackedMatrix w = pack(q);
+      const MatrixXf x = random_floats(static_cast<Index>(k), m, ++seed);
+      std::vector<float> values(n * k);
+      q.dequantize(values.data());
+      MatrixXf expected(static_cast<Index>(n), m);
+      for (std::size_t r = 0; r < n; ++r)
+        for (Index t = 0; t < m; ++t) {
+          const auto step = [&](std::size_t i, float acc) {
+            if (i >= k) return acc;
+            return std::fma(values[r * k + i],
+                            nibble::float_from_bf16(nibble::bf16_from_float(x(static_cast<Index>(i), t))), acc);
+          };
+          float acc = 0.0F;
+          for (std::size_t i = 0; i < k; i += 2) acc = step(i, step(i + 1, acc));
+          expected(static_cast<Index>(r), t) = acc;
+        }
+      for (Isa isa : available_isas())
+        for (ThreadPool* threads : {static_cast<ThreadPool*>(nullptr), &pool}) {
+          MatmulOptions options;
+          options.isa = isa;
+          options.pool = threads;
+          options.activations = Activations::bf16;
+          MatrixXf y(static_cast<Index>(n), m);
+          nibble::matmul(w, x, y, options);
+          ASSERT_EQ(bits(y), bits(expected)) << name_of(isa) << " n " << n << " k " << k << " m " << m;
+          // A token alone has the bits that it has in company.
+          MatrixXf one(static_cast<Index>(n), 1);
+          nibble::matmul(w, x.rightCols(1), one, options);
+          ASSERT_EQ(bits(one), bits(expected.rightCols(1))) << name_of(isa);
+        }
+    }
+  // Asked for, and for bf16 weights only; else these have fp32 activations.
+  MatmulOptions options;
+  options.activations = Activations::bf16;
+  MatrixXf y(8, 1);
+  const MatrixXf x = MatrixXf::Constant(8, 1, 1.00390625F);  // 1 + 2^-8: a tie, 1 in bfloat16
+  const auto identity = [&](Format format) {
+    const MatrixXf one = MatrixXf::Identity(8, 8);
+    return pack(
+        nibble::DynamicQuantizer(scheme_of(format, Symmetry::symmetric, Granularity::per_tensor())).quantize(one));
+  };
+  EXPECT_THROW(nibble::matmul(identity(Format::fp16), x, y, options), InvalidArgument);
+  EXPECT_THROW(nibble::matmul(identity(Format::int8), x, y, options), InvalidArgument);
+  nibble::matmul(identity(Format::bf16), x, y, options);
+  EXPECT_EQ(y(7, 0), 1.0F);
+  nibble::matmul(identity(Format::bf16), x, y);
+  EXPECT_EQ(y(7, 0), 1.00390625F);
+  EXPECT_THROW(nibble::QuantizedActivations().assign(x, Activations::bf16), InvalidArgument);
+}
+
 TEST(Matmul, SameBitsForEveryThreadCountAndBatch) {
   const Index n = 330;
   const Index k = 200;

@@ -428,6 +428,81 @@ inline void check_products_agree(const KernelTable& t) {
   }
 }
 
+/// Pairs of bfloat16 summed as vdpbf16ps does: ordinary ones, and in half of the problems numbers whose products are
+/// subnormal, at the edge of it, cancel, or are not finite. Whole and in two calls.
+inline void check_gemm_bf16(const KernelTable& t) {
+  Random random(11);
+  const auto hostile_half = [&](int flavour) -> std::uint16_t {
+    const std::uint32_t r = random.bits();
+    if (flavour == 0) return nibble::bf16_from_float(random.normal());
+    // Exponents of about 2^-63: their products are near 2^-126.
+    if (flavour == 1) return static_cast<std::uint16_t>((r & 0x807FU) | (62 + (r >> 20) % 4) << 7);
+    if (flavour == 2) return static_cast<std::uint16_t>((r & 0x807FU) | ((r >> 20) % 3) << 7);
+    return static_cast<std::uint16_t>(r);
+  };
+  const auto run = [&](std::size_t rows, std::size_t n, std::size_t k, int flavour) {
+    Weights w({Format::bf16, Symmetry::symmetric, ScaleType::fp32}, n, k, 0, random);
+    const std::size_t k_padded = w.view.k_padded;
+    for (std::size_t p = 0; p < w.panels(); ++p)
+      for (std::size_t i = 0; i < k_padded * 16; ++i) {
+        const std::size_t at = i / 32 * 2 + i % 2;  // k of this element
+        const std::uint16_t half =
+            at < k ? hostile_half(flavour == 4 ? static_cast<int>(random.below(3)) : flavour) : 0;
+        std::memcpy(w.codes() + p * w.view.panel_bytes + 2 * i, &half, 2);
+      }
+    std::vector<std::uint32_t> x(rows * k_padded / 2);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      for (std::size_t j = 0; j < 2; ++j)
+        if (i % (k_padded / 2) * 2 + j < k) x[i] |= static_cast<std::uint32_t>(hostile_half(flavour)) << (16 * j);
+    Bf16GemmArgs a;
+    a.w = w.view;
+    a.panel_begin = random.below(w.panels());
+    a.panel_end = w.panels();
+    a.rows = rows;
+    const std::size_t width = 16 * (a.panel_end - a.panel_begin);
+    a.acc_stride = width + random.below(20);
+    Guarded<float> got((rows - 1) * a.acc_stride + width);
+    std::vector<float> want(got.size());
+    for (std::size_t i = 0; i < got.size(); ++i) want[i] = got[i] = random.hostile();
+    a.tile_rows = 1 + random.below(t.bf16_tile_rows);
+    const auto product = [&](const KernelTable& table, float* acc, std::size_t begin, std::size_t end,
+                             bool accumulate) {
+      const std::size_t pairs = (end - begin) / 2;
+      const std::size_t tile = a.tile_rows;
+      Guarded<std::uint32_t> packed(rows * pairs);
+      for (std::size_t r = 0; r < rows; ++r) {
+        const std::size_t first = r / tile * tile;
+        for (std::size_t u = 0; u < pairs; ++u)
+          packed[first * pairs + u * std::min(tile, rows - first) + r - first] =
+              x[r * k_padded / 2 + begin / 2 + u];
+      }
+      a.x = packed.data();
+      a.x_tile_stride = tile * pairs;
+      a.k_begin = begin;
+      a.k_end = end;
+      a.accumulate = accumulate;
+      a.acc = acc;
+      table.gemm_bf16(a);
+    };
+    const bool accumulate = random.below(3) == 0;
+    product(scalar::table, want.data(), 0, k_padded, accumulate);
+    if (random.below(2) == 0) {
+      product(t, got.data(), 0, k_padded, accumulate);
+    } else {
+      const std::size_t cut = random.below(k_padded / 8 + 1) * 8;
+      product(t, got.data(), 0, cut, accumulate);
+      product(t, got.data(), cut, k_padded, true);
+    }
+    expect_same(got.data(), want.data(), got.size(),
+                "gemm_bf16 rows=" + std::to_string(rows) + " flavour=" + std::to_string(flavour) + " " + w.name());
+  };
+  for (std::size_t rows = 1; rows <= 40; ++rows)
+    for (std::size_t n : {16U, 70U, 129U}) run(rows, n, 1 + random.below(50), static_cast<int>(rows % 5));
+  for (int flavour = 0; flavour < 5; ++flavour)
+    for (std::size_t k = 1; k <= 40; ++k) run(1 + k % 14, 33, k, flavour);
+  run(27, 48, 1030, 0);
+}
+
 inline void check_gemv_dense(const KernelTable& t) {
   Random random(5);
   const auto run = [&](std::size_t n, std::size_t k) {

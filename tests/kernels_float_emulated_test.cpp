@@ -17,6 +17,8 @@ namespace detail::emulated_floats {
 #include "nibble/kernels/vector/gemm_float.inl"
 #include "nibble/kernels/vector/gemv_float.inl"
 #include "nibble/kernels/vector/gemv_dense.inl"
+#include "emulation/bf16_ops.inl"
+#include "nibble/kernels/vector/gemm_bf16.inl"
 #include "nibble/kernels/vector/lines.inl"
 #include "nibble/kernels/vector/quantize_rows.inl"
 #include "nibble/kernels/vector/epilogue.inl"
@@ -27,6 +29,7 @@ inline constexpr KernelTable table = [] {
   t.unpack = &unpack;
   t.gemm_float = &gemm_float;
   t.gemv_float = &gemv_float;
+  t.gemm_bf16 = &gemm_bf16;
   t.gemv_dense = &gemv_dense;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;
@@ -59,6 +62,7 @@ TEST_F(EmulatedFloatKernels, PackedWeights) { check_packed_weights(table()); }
 TEST_F(EmulatedFloatKernels, FloatWeightSpecials) { check_float_weight_specials(table()); }
 TEST_F(EmulatedFloatKernels, Gemm) { check_gemm_float(table()); }
 TEST_F(EmulatedFloatKernels, ProductsAgree) { check_products_agree(table()); }
+TEST_F(EmulatedFloatKernels, GemmBf16) { check_gemm_bf16(table()); }
 TEST_F(EmulatedFloatKernels, GemvDense) { check_gemv_dense(table()); }
 TEST_F(EmulatedFloatKernels, QuantizeRows) { check_quantize_rows(table()); }
 TEST_F(EmulatedFloatKernels, BlockSums) { check_block_sums(table()); }

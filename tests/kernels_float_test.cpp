@@ -19,6 +19,7 @@ TEST_P(FloatKernels, PackedWeights) { check_packed_weights(table()); }
 TEST_P(FloatKernels, FloatWeightSpecials) { check_float_weight_specials(table()); }
 TEST_P(FloatKernels, Gemm) { check_gemm_float(table()); }
 TEST_P(FloatKernels, ProductsAgree) { check_products_agree(table()); }
+TEST_P(FloatKernels, GemmBf16) { check_gemm_bf16(table()); }
 TEST_P(FloatKernels, GemvDense) { check_gemv_dense(table()); }
 TEST_P(FloatKernels, QuantizeRows) { check_quantize_rows(table()); }
 TEST_P(FloatKernels, BlockSums) { check_block_sums(table()); }
@@ -30,6 +31,52 @@ TEST_P(FloatKernels, Conversions) { check_conversions(table()); }
 // All but scalar, the first.
 INSTANTIATE_TEST_SUITE_P(Isas, FloatKernels, testing::ValuesIn(built_isas.begin() + 1, built_isas.end()),
                          [](const testing::TestParamInfo<Isa>& isa) { return std::string(name_of(isa.param)); });
+
+// The definition against hand-made cases: order, flushing of operands and results, and its bound after rounding.
+TEST(Bf16Product, Definition) {
+  const auto step = [](float a, float b, float c) { return float_bits(scalar::fma_flushed(a, b, c)); };
+  const float least = bits_float(0x00800000);  // 2^-126
+  const float tiny = bits_float(0x007F0000);   // a bfloat16 below it
+  EXPECT_EQ(step(tiny, 1.0F, 0.0F), 0U);
+  EXPECT_EQ(step(tiny, -1.0F, -0.0F), 0x80000000U);
+  EXPECT_EQ(step(1.0F, 1.0F, tiny), 0x3F800000U);
+  EXPECT_EQ(step(least, 1.0F, tiny), 0x00800000U);
+  EXPECT_EQ(step(least, 0.5F, 0.0F), 0U);
+  EXPECT_EQ(step(least, -0.5F, 0.0F), 0x80000000U);
+  // 2^-126 - 2^-150 rounds to 2^-126 on the grid of subnormals, but is below it in 24 bits; less than half a unit of
+  // those below 2^-126 is 2^-126.
+  EXPECT_EQ(step(-std::ldexp(1.0F, -50), std::ldexp(1.0F, -100), least), 0U);
+  EXPECT_EQ(step(-std::ldexp(1.0F, -51), std::ldexp(1.0F, -100), least), 0x00800000U);
+  EXPECT_EQ(step(-std::ldexp(1.0F, -50), std::ldexp(1.5F, -101), least), 0U);
+  EXPECT_NE(scalar::fma_flushed(std::numeric_limits<float>::quiet_NaN(), 0.0F, 0.0F), 0.0F);
+
+  // 2^24 + 1 (odd k) is lost, then -2^24 (even k) leaves nothing; the other way round 1 would stay.
+  PanelView w;
+  w.format = Format::bf16;
+  w.n = 1;
+  w.k = 2;
+  w.k_padded = 8;
+  w.panel_bytes = 256;
+  std::uint8_t codes[256] = {};
+  const std::uint16_t pair[2] = {nibble::bf16_from_float(-16777216.0F), nibble::bf16_from_float(1.0F)};
+  std::memcpy(codes, pair, 4);
+  w.codes = codes;
+  const std::uint32_t ones[4] = {0x3F803F80U, 0, 0, 0};
+  float acc[16] = {16777216.0F};
+  Bf16GemmArgs a;
+  a.w = w;
+  a.panel_end = 1;
+  a.k_end = 8;
+  a.x = ones;
+  a.x_tile_stride = 4;
+  a.tile_rows = 1;
+  a.rows = 1;
+  a.accumulate = true;
+  a.acc = acc;
+  a.acc_stride = 16;
+  scalar::table.gemm_bf16(a);
+  EXPECT_EQ(acc[0], 0.0F);
+}
 
 // Every 61st float. A unit is the gap between floats at the exact result; exp of a double is exact enough for
 // that.

@@ -22,6 +22,12 @@ constexpr int gemv_panels_1 = avx512vnni::floats::gemv_panels_1;
 constexpr int gemv_panels_2 = avx512vnni::floats::gemv_panels_2;
 constexpr int gemv_panels_4 = avx512vnni::floats::gemv_panels_4;
 constexpr std::size_t gemv_prefetch = avx512vnni::floats::gemv_prefetch;
+constexpr int bf16_tile_rows = avx512vnni::floats::bf16_tile_rows;
+constexpr int bf16_panels_4 = avx512vnni::floats::bf16_panels_4;
+constexpr int bf16_panels_2 = avx512vnni::floats::bf16_panels_2;
+constexpr int bf16_panels_1 = avx512vnni::floats::bf16_panels_1;
+constexpr std::size_t bf16_prefetch = avx512vnni::floats::bf16_prefetch;
+constexpr std::size_t bf16_long_panel = avx512vnni::floats::bf16_long_panel;
 constexpr bool cheap_lookup = avx512vnni::floats::cheap_lookup;
 
 template <class F>

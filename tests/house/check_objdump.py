@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""In a program compiled at plain -O2, AVX-512 instructions are in detail::avx512vnni alone, and AVX ones in it and in
-detail::avx2 alone; and the instructions that the kernels are written for are really there.
+"""In a program compiled at plain -O2, AVX-512 instructions are in detail::avx512vnni and avx512bf16 alone, and AVX ones
+in them and in detail::avx2 and avxvnni alone; and the instructions that the kernels are written for are really there.
 
 usage: check_objdump.py OBJECT COMPILER | check_objdump.py --self-test COMPILER      (exit status 77: skipped)
 
@@ -19,6 +19,9 @@ EVEX_REGISTER = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|\{1to\d+
 # Memory offsets are written in hexadecimal, so an x87 or SSE mnemonic never begins with v; verr, verw and the
 # virtualization instructions do.
 NOT_VEX = re.compile(r"^(verr|verw|vm(call|launch|resume|xoff|xon|read|write|clear|ptr|func)\w*)$")
+
+EVEX_HOMES = ("avx512vnni", "avx512bf16")
+VEX_HOMES = ("avx2", "avxvnni")
 
 
 def home_of(symbol):
@@ -59,7 +62,7 @@ def scan(path):
             continue
         home = home_of(symbol)
         seen.setdefault(home, set()).add(mnemonic)
-        if home != "avx512vnni" and not (home == "avx2" and kind == "VEX"):
+        if home not in EVEX_HOMES and not (home in VEX_HOMES and kind == "VEX"):
             faults.setdefault(symbol, []).append(f"{kind}: {text.strip()}")
     return instructions, faults, seen
 
@@ -70,13 +73,13 @@ def check(path):
         name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
         print(f"{name[:200]}: {len(lines)} instructions, e.g. {lines[0]}")
     good = not faults
-    for home, needed in {"avx512vnni": ["vpdpbusd", "vfmadd"], "avx2": ["vpmaddwd", "vfmadd", "vcvtph2ps"]}.items():
+    for home, needed in {"avx512bf16": ["vdpbf16ps"], "avx512vnni": ["vpdpbusd", "vfmadd"], "avx2": ["vpmaddwd", "vfmadd", "vcvtph2ps"]}.items():
         for mnemonic in needed:
             if not any(m.startswith(mnemonic) for m in seen.get(home, ())):
                 print(f"no {mnemonic} in detail::{home}")
                 good = False
     print(f"{os.path.basename(path)}: {instructions} instructions, "
-          + ", ".join(f"{len(seen.get(h, ()))} mnemonics in {h}" for h in ("avx2", "avx512vnni")))
+          + ", ".join(f"{len(seen.get(h, ()))} mnemonics in {h}" for h in VEX_HOMES + EVEX_HOMES))
     return good
 
 

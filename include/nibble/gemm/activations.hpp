@@ -23,6 +23,7 @@ enum class Activations : std::uint8_t {
   int8,             ///< quantized inside, symmetric, one scale a token
   int8_grouped,     ///< quantized inside, symmetric, one scale a token and group of inputs: closer to floats
   int8_asymmetric,  ///< quantized inside with a zero point a token
+  bf16,             ///< for bf16 weights: rounded to bfloat16 inside, pairs of products as AVX512-BF16 sums them
 };
 
 namespace detail {
@@ -58,8 +59,8 @@ class QuantizedActivations {
   /// outputs are NaN, no other token's are.
   void assign(const ConstMatrixRef& x, Activations kind = Activations::int8, ThreadPool* pool = nullptr,
               std::size_t group_size = default_group, const detail::KernelTable& kernels = detail::kernels()) {
-    detail::require(kind != Activations::fp32,
-                    "activations kind is fp32, expected int8, int8_grouped or int8_asymmetric");
+    detail::require(kind != Activations::fp32 && kind != Activations::bf16,
+                    "activations kind is of floats, expected int8, int8_grouped or int8_asymmetric");
     detail::require(kind != Activations::int8_grouped || (group_size != 0 && group_size % 16 == 0),
                     "activation group_size is ", group_size, ", expected a multiple of 16");
     const detail::FpEnvironment environment;

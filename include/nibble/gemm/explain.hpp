@@ -14,10 +14,12 @@ inline std::string explain(const PackedMatrix& w, Eigen::Index tokens, const Mat
   detail::require(tokens >= 0, "tokens is ", tokens, ", expected 0 or more");
   const detail::KernelTable& kernels = detail::kernels_of(options);
   const Activations kind = detail::activations_for(w, options.activations);
-  const bool integers = kind != Activations::fp32;
+  const bool integers = kind != Activations::fp32 && kind != Activations::bf16;
   std::string kernel;
   if (integers)
     kernel = w.format() == Format::int8 ? "gemm_w8a8" : "gemm_w4a8";
+  else if (kind == Activations::bf16)
+    kernel = "gemm_bf16";
   else if (tokens <= static_cast<Eigen::Index>(kernels.gemv_max_rows))
     kernel = detail::concat("gemv_float (", name_of(w.format()), " dequantized in registers)");
   else
@@ -49,7 +51,8 @@ inline std::string explain(const PackedMatrix& w, Eigen::Index tokens, const Mat
                            " of ", w.group_size(), ", ", name_of(w.scale_type()), " scales");
   text += detail::concat(", layout ", w.layout(), ", ", w.panels(), " panels of ", detail::panel_width,
                          " channels\nactivations: ",
-                         !integers                              ? "fp32"
+                         kind == Activations::fp32              ? "fp32"
+                         : kind == Activations::bf16            ? "rounded to bf16"
                          : kind == Activations::int8_asymmetric ? "int8 with a zero point, one scale a token"
                          : kind == Activations::int8_grouped    ? "int8, one scale a token and group"
                                                                 : "int8, one scale a token");

@@ -10,6 +10,7 @@
 
 #include "nibble/core/fp_env.hpp"
 #include "nibble/gemm/activations.hpp"
+#include "nibble/gemm/drive_bf16.hpp"
 #include "nibble/gemm/drive_float.hpp"
 #include "nibble/gemm/drive_int.hpp"
 #include "nibble/gemm/epilogue.hpp"
@@ -54,9 +55,14 @@ inline Workspace& workspace_of(const MatmulOptions& options) {
   return options.workspace != nullptr ? *options.workspace : thread_workspace();
 }
 
-/// `automatic` resolved for these weights. Throws InvalidArgument for integer activations with weights of another kind.
+/// `automatic` resolved for these weights. Throws InvalidArgument for activations that do not go with the weights.
 inline Activations activations_for(const PackedMatrix& w, Activations asked) {
   if (asked == Activations::automatic) return is_integer(w.format()) ? Activations::int8 : Activations::fp32;
+  if (asked == Activations::bf16) {
+    require(w.format() == Format::bf16, "activations are bf16 but the weights are ", name_of(w.format()),
+            ", expected bf16");
+    return asked;
+  }
   require(asked == Activations::fp32 || is_integer(w.format()), "activations are int8 but the weights are ",
           name_of(w.format()), ", expected int8 or int4");
   return asked;
@@ -153,7 +159,7 @@ inline void matmul_raw(const PackedMatrix& w, const QuantizedActivations& x, Int
 ///
 /// With int8 activations every token is quantized inside (absmax / 127, with a zero point, or group by group); a NaN or an
 /// Inf makes that token's outputs NaN and no other's. With fp32 activations the result is that of the dequantized weights,
-/// summed by one fma a k in ascending order. After the workspace has grown once, nothing is allocated as long as x is
+/// summed by one fma a k in ascending order; with bf16 ones it is kernels/args.hpp's sum of pairs. After the workspace has grown once, nothing is allocated as long as x is
 /// column-major memory. Throws InvalidArgument where shapes do not fit.
 template <class Derived>
 void matmul(const PackedMatrix& w, const Eigen::MatrixBase<Derived>& x_in, MatrixRef y,
@@ -165,7 +171,7 @@ void matmul(const PackedMatrix& w, const Eigen::MatrixBase<Derived>& x_in, Matri
   detail::require_apart(x, y, "x", "y");
   const Activations kind = detail::activations_for(w, options.activations);
   if (y.size() == 0) return;
-  if (kind != Activations::fp32) {
+  if (kind != Activations::fp32 && kind != Activations::bf16) {
     QuantizedActivations& quantized = detail::thread_activations();
     quantized.assign(x, kind, options.pool, activation_group(w), detail::kernels_of(options));
     detail::check_int(w, quantized);
@@ -175,7 +181,10 @@ void matmul(const PackedMatrix& w, const Eigen::MatrixBase<Derived>& x_in, Matri
   const detail::KernelTable& kernels = detail::kernels_of(options);
   const detail::FloatView view = detail::float_view(x);
   const detail::PanelView panels = w.view();
-  if (view.cols <= kernels.gemv_max_rows && view.rows != 0)
+  if (kind == Activations::bf16)
+    detail::run_bf16(kernels, panels, w.panels(), view, options.epilogue, detail::float_output(y), options.pool,
+                     detail::workspace_of(options));
+  else if (view.cols <= kernels.gemv_max_rows && view.rows != 0)
     detail::run_float_gemv(kernels, panels, w.panels(), view, options.epilogue, detail::float_output(y),
                            options.pool, detail::workspace_of(options));
   else

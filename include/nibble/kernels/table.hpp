@@ -61,6 +61,7 @@ struct KernelTable {
   // Tile parameters that the drivers above plan with.
   std::size_t float_tile_rows = 4;  // tokens a tile of packed x in FloatGemmArgs (at most 16)
   std::size_t float_panels = 1;     // panels that the float GEMM likes to be given at once
+  std::size_t bf16_tile_rows = 4;   // most tokens in a tile of Bf16GemmArgs
   std::size_t int_panels = 1;       // panels that the integer GEMM likes to be given at once
   std::size_t gemv_max_rows = 4;    // rows up to which FloatGemv beats unpack + float GEMM
 
@@ -69,6 +70,7 @@ struct KernelTable {
   void (*unpack)(const UnpackArgs&) noexcept = nullptr;  // all formats
   void (*gemm_float)(const FloatGemmArgs&) noexcept = nullptr;
   void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;  // all formats
+  void (*gemm_bf16)(const Bf16GemmArgs&) noexcept = nullptr;  // bf16
   void (*gemv_dense)(const DenseGemvArgs&) noexcept = nullptr;
   void (*quantize_rows)(const QuantizeRowsArgs&) noexcept = nullptr;
   void (*epilogue)(const EpilogueArgs&) noexcept = nullptr;

@@ -5,8 +5,8 @@ using Vf = __m256;
 using Vi = __m256i;
 
 constexpr int lanes = 8;
-constexpr int halves =
-    2;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
+constexpr int halves = 2;  // vectors a panel
+// Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
 constexpr int gemm_rows = 6;
 constexpr int gemm_panels = 1;
 constexpr int gemm_panels_4 = 1;
@@ -16,7 +16,13 @@ constexpr int gemv_panels_1 = 4;
 constexpr int gemv_panels_2 = 2;
 constexpr int gemv_panels_4 = 1;
 constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
-// vectors a panel
+// The same of the bf16 product; bytes of a panel from which on it counts as long.
+constexpr int bf16_tile_rows = 4;
+constexpr int bf16_panels_4 = 1;
+constexpr int bf16_panels_2 = 2;
+constexpr int bf16_panels_1 = 4;
+constexpr std::size_t bf16_prefetch = 2048;
+constexpr std::size_t bf16_long_panel = 16384;
 // Sixteen floats do not fit one permute: int4 codes decode by arithmetic, only nf4's by a table.
 constexpr bool cheap_lookup = false;
 

@@ -30,6 +30,10 @@ namespace floats {
 #include "nibble/kernels/vector/gemm_float.inl"
 #include "nibble/kernels/vector/gemv_float.inl"
 #include "nibble/kernels/vector/gemv_dense.inl"
+// clang-format off
+#include "nibble/kernels/vector/bf16_fma.inl"
+#include "nibble/kernels/vector/gemm_bf16.inl"
+// clang-format on
 #include "nibble/kernels/vector/lines.inl"
 #include "nibble/kernels/vector/quantize_rows.inl"
 #include "nibble/kernels/vector/epilogue.inl"
@@ -51,6 +55,8 @@ inline constexpr KernelTable table = [] {
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
   floats::fill(t);
+  t.bf16_tile_rows = floats::bf16_tile_rows;
+  t.gemm_bf16 = &floats::gemm_bf16;
   return t;
 }();
 

@@ -22,9 +22,20 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail::avx512bf16 {
 
+namespace floats {
+using namespace avx512vnni::floats;  // NOLINT: the operations, and one more
+#define NIBBLE_UNROLL _Pragma("GCC unroll 16")
+// clang-format off
+#include "nibble/kernels/avx512bf16/bf16_ops.inl"
+#include "nibble/kernels/vector/gemm_bf16.inl"
+// clang-format on
+#undef NIBBLE_UNROLL
+}  // namespace floats
+
 inline constexpr KernelTable table = [] {
   KernelTable t = avx512vnni::table;
   t.isa = Isa::avx512bf16;
+  t.gemm_bf16 = &floats::gemm_bf16;
   return t;
 }();
 

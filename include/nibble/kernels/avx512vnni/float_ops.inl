@@ -5,8 +5,8 @@ using Vf = __m512;
 using Vi = __m512i;
 
 constexpr int lanes = 16;
-constexpr int halves =
-    1;  // Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
+constexpr int halves = 1;  // vectors a panel
+// Tiles: rows and panels of the float GEMM; panels that a GEMV of one row, and of several, takes at once.
 constexpr int gemm_rows = 12;
 constexpr int gemm_panels = 2;
 constexpr int gemm_panels_4 = 4;
@@ -16,7 +16,13 @@ constexpr int gemv_panels_1 = 8;
 constexpr int gemv_panels_2 = 4;
 constexpr int gemv_panels_4 = 4;
 constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
-// vectors a panel
+// The same of the bf16 product; bytes of a panel from which on it counts as long.
+constexpr int bf16_tile_rows = 12;
+constexpr int bf16_panels_4 = 4;
+constexpr int bf16_panels_2 = 8;
+constexpr int bf16_panels_1 = 8;
+constexpr std::size_t bf16_prefetch = 2048;
+constexpr std::size_t bf16_long_panel = 16384;
 // A permute of 16 floats is one instruction: int4 codes then decode as nf4's do, by a table of the grid.
 constexpr bool cheap_lookup = true;
 

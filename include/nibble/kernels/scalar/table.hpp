@@ -20,6 +20,7 @@ inline constexpr KernelTable table = [] {
   t.unpack = &unpack;
   t.gemm_float = &gemm_float;
   t.gemv_float = &gemv_float;
+  t.gemm_bf16 = &gemm_bf16;
   t.gemv_dense = &gemv_dense;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;
