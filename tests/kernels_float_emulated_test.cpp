@@ -19,9 +19,12 @@ namespace detail::emulated_floats {
 #include "nibble/kernels/vector/gemv_dense.inl"
 #include "emulation/bf16_ops.inl"
 #include "nibble/kernels/vector/gemm_bf16.inl"
+#include "nibble/kernels/vector/gemm_direct.inl"
 #include "nibble/kernels/vector/lines.inl"
 #include "nibble/kernels/vector/quantize_rows.inl"
+#include "nibble/kernels/vector/exp.inl"
 #include "nibble/kernels/vector/epilogue.inl"
+#include "nibble/kernels/vector/nn.inl"
 #undef NIBBLE_UNROLL
 
 inline constexpr KernelTable table = [] {
@@ -31,9 +34,13 @@ inline constexpr KernelTable table = [] {
   t.gemv_float = &gemv_float;
   t.gemm_bf16 = &gemm_bf16;
   t.gemv_dense = &gemv_dense;
+  t.gemm_direct = &gemm_direct;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;
   t.block_sums = &block_sums;
+  t.rms_norm = &rms_norm;
+  t.softmax = &softmax;
+  t.rope = &rope;
   t.line_range = &line_range;
   t.quantize_line = &quantize_line;
   t.dequantize_line = &dequantize_line;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "llm/perplexity.hpp"
@@ -46,35 +47,79 @@ bool same_bits(const Eigen::MatrixXf& a, const Eigen::MatrixXf& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * 4) == 0;
 }
 
-class Invariance : public ::testing::TestWithParam<std::pair<Format, Symmetry>> {};
+class Invariance : public ::testing::TestWithParam<std::tuple<Format, Symmetry, nibble::KvFormat>> {};
 
 TEST_P(Invariance, LogitsDoNotDependOnPiecesBlocksOrThreads) {
-  const auto [format, symmetry] = GetParam();
+  const auto [format, symmetry, kv_format] = GetParam();
   const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(format, symmetry));
-  // More than one block of attention queries (32), of logits (64) and an odd rest.
+  // More than one block of logits (64) and of attention's queries, and an odd rest.
   const std::vector<Token> tokens = llm_test::some_tokens(103, m.model.hparams.vocabulary);
-  llm::Runner whole(m.model, small_options());
-  const Eigen::MatrixXf expected = all_logits(whole, tokens, {103});
+  const auto run = [&](nibble::ThreadPool* pool, std::size_t block, const std::vector<std::size_t>& pieces) {
+    llm::RunnerOptions options = small_options(pool, block);
+    options.kv_format = kv_format;
+    llm::Runner runner(m.model, options);
+    return all_logits(runner, tokens, pieces);
+  };
+  const Eigen::MatrixXf expected = run(nullptr, 512, {103});
   ASSERT_TRUE(expected.allFinite());
-  EXPECT_TRUE(same_bits(all_logits(whole, tokens, {1}), expected)) << "one by one";
-  EXPECT_TRUE(same_bits(all_logits(whole, tokens, {40, 1, 33, 2, 5}), expected)) << "in pieces";
-  llm::Runner blocks(m.model, small_options(nullptr, 7));
-  EXPECT_TRUE(same_bits(all_logits(blocks, tokens, {103}), expected)) << "in blocks of 7";
+  EXPECT_TRUE(same_bits(run(nullptr, 512, {1}), expected)) << "one by one";
+  EXPECT_TRUE(same_bits(run(nullptr, 512, {40, 1, 33, 2, 5}), expected)) << "in pieces";
+  EXPECT_TRUE(same_bits(run(nullptr, 7, {103}), expected)) << "in blocks of 7";
   for (const int threads : {2, 3}) {
     nibble::ThreadPool pool(threads);
-    llm::Runner threaded(m.model, small_options(&pool));
-    EXPECT_TRUE(same_bits(all_logits(threaded, tokens, {103}), expected)) << threads << " threads";
-    EXPECT_TRUE(same_bits(all_logits(threaded, tokens, {50, 1}), expected)) << threads << " threads, in pieces";
+    EXPECT_TRUE(same_bits(run(&pool, 512, {103}), expected)) << threads << " threads";
+    EXPECT_TRUE(same_bits(run(&pool, 512, {50, 1}), expected)) << threads << " threads, in pieces";
   }
 }
 
+// Sequences that join and leave, each piece of another length, say what they say alone.
+TEST_P(Invariance, LogitsDoNotDependOnTheBatch) {
+  const auto [format, symmetry, kv_format] = GetParam();
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(format, symmetry));
+  const std::vector<Token> tokens = llm_test::some_tokens(120, m.model.hparams.vocabulary);
+  llm::RunnerOptions options = small_options(nullptr, 64);
+  options.kv_format = kv_format;
+  nibble::ThreadPool pool(2);
+  llm::RunnerOptions threaded = options;
+  threaded.pool = &pool;
+  llm::Runner alone(m.model, options), batch(m.model, threaded);
+  constexpr std::size_t sequences = 4;
+  std::vector<nibble::KvCache> caches, own;
+  for (std::size_t s = 0; s < sequences; ++s) {
+    caches.push_back(batch.new_cache());
+    own.push_back(alone.new_cache());
+  }
+  const auto vocabulary = static_cast<Eigen::Index>(m.model.hparams.vocabulary);
+  for (std::size_t round = 0; round < 12; ++round) {
+    std::vector<llm::Piece> pieces;
+    std::vector<std::size_t> members;
+    for (std::size_t s = 0; s < sequences; ++s) {
+      if (round < s || (round + s) % 4 == 3) continue;  // joins later, pauses
+      const std::size_t count = round == s ? 5 + 7 * s : 1;
+      if (caches[s].size() + count > 30 * (s + 1)) continue;
+      pieces.push_back({&caches[s], tokens.data() + 13 * s + caches[s].size(), count});
+      members.push_back(s);
+    }
+    if (pieces.empty()) continue;
+    const Eigen::MatrixXf together = batch.append(pieces.data(), pieces.size());
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+      const float* logits = alone.append(own[members[i]], pieces[i].tokens, pieces[i].count);
+      EXPECT_TRUE(same_bits(together.col(static_cast<Eigen::Index>(i)),
+                            Eigen::Map<const Eigen::VectorXf>(logits, vocabulary)))
+          << "round " << round << ", sequence " << members[i];
+    }
+  }
+}
+
+using Kv = nibble::KvFormat;
 INSTANTIATE_TEST_SUITE_P(Formats, Invariance,
-                         ::testing::Values(std::pair{Format::fp32, Symmetry::symmetric},
-                                           std::pair{Format::bf16, Symmetry::symmetric},
-                                           std::pair{Format::int8, Symmetry::symmetric},
-                                           std::pair{Format::int4, Symmetry::symmetric},
-                                           std::pair{Format::int4, Symmetry::float_offset},
-                                           std::pair{Format::nf4, Symmetry::symmetric}));
+                         ::testing::Values(std::tuple{Format::fp32, Symmetry::symmetric, Kv::fp16},
+                                           std::tuple{Format::fp32, Symmetry::symmetric, Kv::fp32},
+                                           std::tuple{Format::bf16, Symmetry::symmetric, Kv::int8},
+                                           std::tuple{Format::int8, Symmetry::symmetric, Kv::fp16},
+                                           std::tuple{Format::int4, Symmetry::symmetric, Kv::int8},
+                                           std::tuple{Format::int4, Symmetry::float_offset, Kv::fp16},
+                                           std::tuple{Format::nf4, Symmetry::symmetric, Kv::fp32}));
 
 /// A Llama block by block, token by token, in double, from the textbook.
 Eigen::MatrixXd naive_logits(const llm_test::RandomModel& m, const std::vector<Token>& tokens) {
@@ -137,7 +182,9 @@ Eigen::MatrixXd naive_logits(const llm_test::RandomModel& m, const std::vector<T
 TEST(Runner, EqualsTheTextbook) {
   const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::fp32));
   const std::vector<Token> tokens = llm_test::some_tokens(70, m.model.hparams.vocabulary);
-  llm::Runner runner(m.model, small_options());
+  llm::RunnerOptions options = small_options();
+  options.kv_format = nibble::KvFormat::fp32;
+  llm::Runner runner(m.model, options);
   const Eigen::MatrixXf logits = all_logits(runner, tokens, {70});
   // Two layers of sums of up to 80 products of numbers about 1: some 100 roundings of 2^-24 each, generously 16 times.
   EXPECT_LT((logits.cast<double>() - naive_logits(m, tokens)).cwiseAbs().maxCoeff(), 1600.0 * 0x1p-24);
@@ -146,8 +193,10 @@ TEST(Runner, EqualsTheTextbook) {
 TEST(Runner, HalfPrecisionCacheStaysNear) {
   const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::fp32));
   const std::vector<Token> tokens = llm_test::some_tokens(50, m.model.hparams.vocabulary);
-  llm::Runner full(m.model, small_options());
-  llm::BasicRunner<Eigen::half> half(m.model, small_options());
+  llm::RunnerOptions options = small_options();
+  llm::Runner half(m.model, options);
+  options.kv_format = nibble::KvFormat::fp32;
+  llm::Runner full(m.model, options);
   const Eigen::MatrixXf a = all_logits(full, tokens, {50}), b = all_logits(half, tokens, {50});
   EXPECT_FALSE(same_bits(a, b));
   // fp16 keeps 11 bits; a factor of 16 for two layers' sums.

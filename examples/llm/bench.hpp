@@ -63,14 +63,15 @@ inline std::vector<Token> some_tokens(std::size_t n, std::size_t vocabulary) {
 
 }  // namespace bench_detail
 
-/// Medians over options.repeats rounds. `activations` as in RunnerOptions; `step` is called after every round.
+/// Medians over options.repeats rounds. `activations` and `kv_format` as in RunnerOptions; `step` is called after every round.
 template <class Step>
 BenchResult bench(const Model& model, const BenchOptions& options, nibble::Activations activations,
-                  nibble::ThreadPool& pool, Step&& step) {
+                  nibble::KvFormat kv_format, nibble::ThreadPool& pool, Step&& step) {
   using limits_detail::seconds_now;
   RunnerOptions runner_options;
   runner_options.context = std::max(options.prompt, options.depth + options.decode + 1) + 1;
   runner_options.activations = activations;
+  runner_options.kv_format = kv_format;
   runner_options.pool = pool.threads() > 1 ? &pool : nullptr;
   Runner runner(model, runner_options);
   auto cache = runner.new_cache();
@@ -119,7 +120,7 @@ BenchResult bench(const Model& model, const BenchOptions& options, nibble::Activ
   }
   if (!decode_times.empty()) {
     result.decode_tokens_per_second = static_cast<double>(options.decode) / bench_detail::median(decode_times);
-    const double cache_bytes = 2.0 * static_cast<double>(h.kv_size() * h.layers) * sizeof(float) * keys_read_at;
+    const double cache_bytes = static_cast<double>(cache.bytes_per_position()) * keys_read_at;
     result.decode_gbps =
         (static_cast<double>(model.bytes_per_token()) + cache_bytes) * result.decode_tokens_per_second * 1e-9;
   }

@@ -38,6 +38,13 @@
 #include "nibble/gemm/thread_pool.hpp"
 #include "nibble/gemm/workspace.hpp"
 
+#include "nibble/nn/attention.hpp"
+#include "nibble/nn/gate.hpp"
+#include "nibble/nn/kv_cache.hpp"
+#include "nibble/nn/norm.hpp"
+#include "nibble/nn/rope.hpp"
+#include "nibble/nn/softmax.hpp"
+
 #include "nibble/io/atomic_file.hpp"
 #include "nibble/io/gguf.hpp"
 #include "nibble/io/gguf_quantized.hpp"

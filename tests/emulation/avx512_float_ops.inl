@@ -21,6 +21,9 @@ constexpr int gemm_panels_1 = avx512vnni::floats::gemm_panels_1;
 constexpr int gemv_panels_1 = avx512vnni::floats::gemv_panels_1;
 constexpr int gemv_panels_2 = avx512vnni::floats::gemv_panels_2;
 constexpr int gemv_panels_4 = avx512vnni::floats::gemv_panels_4;
+constexpr int rows_tall = avx512vnni::floats::rows_tall;
+constexpr int rows_panels = avx512vnni::floats::rows_panels;
+constexpr std::size_t rows_prefetch = avx512vnni::floats::rows_prefetch;
 constexpr std::size_t gemv_prefetch = avx512vnni::floats::gemv_prefetch;
 constexpr int bf16_tile_rows = avx512vnni::floats::bf16_tile_rows;
 constexpr int bf16_panels_4 = avx512vnni::floats::bf16_panels_4;
@@ -133,6 +136,10 @@ NIBBLE_EMULATED Vf zero_if_nan(Vf v) noexcept {
 }
 NIBBLE_EMULATED Vi if_nan(Vf v, Vi a, Vi b) noexcept {
   return each_int([&](int i) { return v.v[i] == v.v[i] ? b.v[i] : a.v[i]; });
+}
+
+NIBBLE_EMULATED Vf swap_pairs(Vf v) noexcept {
+  return each([&](int i) { return v.v[i ^ 1]; });
 }
 
 NIBBLE_EMULATED Vi bits(Vf v) noexcept {

@@ -33,7 +33,8 @@ inline void bench(const Common& c, const BenchArguments& a) {
     Progress progress("bench", threads.size() * (options.repeats + 1));
     for (const int t : threads) {
       nibble::ThreadPool pool(t);
-      results.push_back(llm::bench(s.model, options, activations_of(c), pool, [&] { progress.step(); }));
+      results.push_back(
+          llm::bench(s.model, options, activations_of(c), kv_format_of(c), pool, [&] { progress.step(); }));
     }
   }
   const std::size_t resident = resident_bytes();
@@ -65,6 +66,7 @@ inline void bench(const Common& c, const BenchArguments& a) {
   const BenchResult& last = results.back();
   write_json(c, {{"model", c.model},
                  {"activations", c.activations},
+                 {"kv", c.kv},
                  {"isa", std::string(nibble::name_of(nibble::detail::kernels().isa))},
                  {"prompt", options.prompt},
                  {"decode", options.decode},

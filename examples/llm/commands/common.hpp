@@ -18,6 +18,7 @@
 #include "../model_file.hpp"
 #include "../tokenizer.hpp"
 #include "nibble/io/atomic_file.hpp"
+#include "nibble/nn/kv_cache.hpp"
 
 namespace llm {
 namespace commands {
@@ -27,11 +28,18 @@ struct Common {
   std::string model;
   std::string json;
   std::string activations = "auto";
+  std::string kv = "fp16";
   int threads = 0;
 };
 
 inline nibble::Activations activations_of(const Common& c) {
   return c.activations == "float" ? nibble::Activations::fp32 : nibble::Activations::automatic;
+}
+
+inline nibble::KvFormat kv_format_of(const Common& c) {
+  return c.kv == "fp32"   ? nibble::KvFormat::fp32
+         : c.kv == "int8" ? nibble::KvFormat::int8
+                          : nibble::KvFormat::fp16;
 }
 
 inline void write_file(const std::string& path, const std::string& text) {
@@ -116,6 +124,9 @@ inline void add_common(CLI::App* app, Common& c, bool runs) {
          "float: exact products of the dequantized weights; int8: quantize activations where the weights are "
          "integers; auto: int8 for them, float for the others")
       ->check(CLI::IsMember({"auto", "float", "int8"}))
+      ->capture_default_str();
+  app->add_option("--kv", c.kv, "How keys and values of the context are stored: fp32, fp16 or int8")
+      ->check(CLI::IsMember({"fp32", "fp16", "int8"}))
       ->capture_default_str();
 }
 

@@ -52,7 +52,7 @@ inline void compare(const Common& c, const CompareArguments& a) {
       quantize_to_packed(*file, path, plans[i], &pool, [&](const std::string&) { progress.step(); });
     }
     row.file_bytes = static_cast<double>(std::filesystem::file_size(path));
-    const std::vector<std::string> shared = {"--activations", c.activations, "--threads", threads};
+    const std::vector<std::string> shared = {"--activations", c.activations, "--kv", c.kv, "--threads", threads};
     const auto run = [&](std::vector<std::string> arguments) {
       arguments.insert(arguments.end(), shared.begin(), shared.end());
       std::fprintf(stderr, "%s: %s\n", row.format.c_str(), arguments[0].c_str());

@@ -56,6 +56,7 @@ inline void generate(const Common& c, const GenerateArguments& a) {
   options.context = prompt.size() + a.tokens;
   options.block = std::min<std::size_t>(options.block, prompt.size());
   options.activations = activations_of(c);
+  options.kv_format = kv_format_of(c);
   options.pool = s.workers();
   if (options.context > s.model.hparams.context)
     std::fprintf(stderr, "nibble: %zu tokens reach beyond the context of %zu that the model was trained for\n",

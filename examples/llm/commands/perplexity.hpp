@@ -33,6 +33,7 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
   RunnerOptions options;
   options.context = a.context;
   options.activations = activations_of(c);
+  options.kv_format = kv_format_of(c);
   options.pool = s.workers();
   Runner runner(s.model, options);
   const double start = limits_detail::seconds_now();
@@ -51,6 +52,7 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
   write_json(c, {{"model", c.model},
                  {"text", a.text},
                  {"activations", c.activations},
+                 {"kv", c.kv},
                  {"perplexity", result.perplexity()},
                  {"negative_log_likelihood", result.negative_log_likelihood},
                  {"predictions", result.predictions},

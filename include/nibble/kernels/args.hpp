@@ -119,7 +119,8 @@ struct FloatGemmArgs {
 };
 
 /// Packed weights of any format times a few fp32 rows (rows <= KernelTable::gemv_max_rows), dequantized in
-/// registers; the same bits as unpack followed by the float GEMM.
+/// registers; the same bits as unpack followed by the float GEMM. KernelTable::gemm_direct takes the same for any number
+/// of rows and fp32 or fp16 weights, codes aligned as their type; it reads nothing of k from w.k on.
 struct FloatGemvArgs {
   PanelView w;
   std::size_t panel_begin = 0;
@@ -257,6 +258,60 @@ struct DequantizeLineArgs {
   float offset = 0.0F;
   std::int32_t zero = 0;
   float* x = nullptr;
+};
+
+// ---- What a transformer needs beside products (nn/) ----
+//
+// Sums over a row run in 16 lanes: element i is added to lane i % 16, i ascending, from 0. Then lane l takes in lane l + 8,
+// l + 4, l + 2 and l + 1 in turn: the bits depend on the row alone.
+
+/// out = x / rms(x) * weight, for every row:
+///   s = sum of x[i]^2 in 16 lanes, one fma each
+///   f = 1 / sqrt(s / n + epsilon), every operation rounded
+///   out[i] = (x[i] * f) * weight[i]
+struct RmsNormArgs {
+  const float* x = nullptr;  // [rows][x_stride]
+  std::size_t x_stride = 0;
+  const float* weight = nullptr;  // [n]
+  std::size_t rows = 0;
+  std::size_t n = 0;
+  float epsilon = 0.0F;
+  float* out = nullptr;  // [rows][out_stride]; may be x
+  std::size_t out_stride = 0;
+};
+
+/// The numerators of softmax, for every row r, whose first visible(r) = first_visible + r / rows_a_step elements count:
+///   m = the largest x[i]; a NaN is never larger than another
+///   x[i] = exp(x[i] - m), exp as in exp.hpp
+///   sums[r] = their sum in 16 lanes
+///   factors: x[i] = x[i] * factors[i]
+///   x[i] = 0 from visible(r) up to n
+/// A NaN or +Inf makes all that counts NaN.
+struct SoftmaxArgs {
+  float* x = nullptr;  // [rows][x_stride]
+  std::size_t x_stride = 0;
+  std::size_t rows = 0;
+  std::size_t n = 0;
+  std::size_t first_visible = 1;  // at least 1; none is above n
+  std::size_t rows_a_step = 1;
+  const float* factors = nullptr;  // [n] or nullptr
+  float* sums = nullptr;           // [rows]
+};
+
+/// Rotary position embedding of `heads` heads of one token, in place. Adjacent pairs turn: for i < pairs,
+///   a = x[2i], b = x[2i+1]
+///   x[2i]   = fma(a, cosines[2i], b * sines[2i]) * scale
+///   x[2i+1] = fma(b, cosines[2i+1], a * sines[2i+1]) * scale
+/// where cosines[2i] = cosines[2i+1] = cos(t) and sines[2i+1] = -sines[2i] = sin(t); every step rounded. The rest of the
+/// head is multiplied by scale.
+struct RopeArgs {
+  float* x = nullptr;  // [heads][head_size]
+  std::size_t heads = 0;
+  std::size_t head_size = 0;
+  std::size_t pairs = 0;
+  const float* cosines = nullptr;  // [2 * pairs]
+  const float* sines = nullptr;    // [2 * pairs]
+  float scale = 1.0F;
 };
 
 }  // namespace detail

@@ -72,10 +72,16 @@ struct KernelTable {
   void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;  // all formats
   void (*gemm_bf16)(const Bf16GemmArgs&) noexcept = nullptr;  // bf16
   void (*gemv_dense)(const DenseGemvArgs&) noexcept = nullptr;
+  void (*gemm_direct)(const FloatGemvArgs&) noexcept = nullptr;  // fp32 and fp16, any number of rows
   void (*quantize_rows)(const QuantizeRowsArgs&) noexcept = nullptr;
   void (*epilogue)(const EpilogueArgs&) noexcept = nullptr;
   /// out[i] = sum of q[16 i .. 16 i + 15], for n / 16 blocks; n is a multiple of 16.
   void (*block_sums)(const std::int8_t* q, std::size_t n, std::int32_t* out) noexcept = nullptr;
+
+  // Transformers.
+  void (*rms_norm)(const RmsNormArgs&) noexcept = nullptr;
+  void (*softmax)(const SoftmaxArgs&) noexcept = nullptr;
+  void (*rope)(const RopeArgs&) noexcept = nullptr;
 
   // Lines of elements.
   LineRange (*line_range)(const float* x, std::size_t n) noexcept = nullptr;

@@ -15,6 +15,9 @@ constexpr int gemm_panels_1 = 4;
 constexpr int gemv_panels_1 = 4;
 constexpr int gemv_panels_2 = 2;
 constexpr int gemv_panels_4 = 1;
+constexpr int rows_tall = 6;    // rows of gemm_direct for many, and panels for a few
+constexpr int rows_panels = 2;
+constexpr std::size_t rows_prefetch = 2048;
 constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
 // The same of the bf16 product; bytes of a panel from which on it counts as long.
 constexpr int bf16_tile_rows = 4;
@@ -129,6 +132,9 @@ NIBBLE_ALWAYS_INLINE Vf zero_if_nan(Vf v) noexcept { return _mm256_and_ps(v, _mm
 NIBBLE_ALWAYS_INLINE Vi if_nan(Vf v, Vi a, Vi b) noexcept {
   return _mm256_blendv_epi8(b, a, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
+
+// Lanes 2i and 2i + 1 change places.
+NIBBLE_ALWAYS_INLINE Vf swap_pairs(Vf v) noexcept { return _mm256_permute_ps(v, 0xB1); }
 
 NIBBLE_ALWAYS_INLINE Vi bits(Vf v) noexcept { return _mm256_castps_si256(v); }
 NIBBLE_ALWAYS_INLINE Vf from_bits(Vi v) noexcept { return _mm256_castsi256_ps(v); }

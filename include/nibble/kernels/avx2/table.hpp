@@ -34,9 +34,12 @@ namespace floats {
 #include "nibble/kernels/vector/bf16_fma.inl"
 #include "nibble/kernels/vector/gemm_bf16.inl"
 // clang-format on
+#include "nibble/kernels/vector/gemm_direct.inl"
 #include "nibble/kernels/vector/lines.inl"
 #include "nibble/kernels/vector/quantize_rows.inl"
+#include "nibble/kernels/vector/exp.inl"
 #include "nibble/kernels/vector/epilogue.inl"
+#include "nibble/kernels/vector/nn.inl"
 #include "nibble/kernels/vector/fill.inl"
 #undef NIBBLE_UNROLL
 }  // namespace floats

@@ -15,6 +15,9 @@ constexpr int gemm_panels_1 = 4;
 constexpr int gemv_panels_1 = 8;
 constexpr int gemv_panels_2 = 4;
 constexpr int gemv_panels_4 = 4;
+constexpr int rows_tall = 12;   // rows of gemm_direct for many, and panels for a few
+constexpr int rows_panels = 4;
+constexpr std::size_t rows_prefetch = 2048;
 constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
 // The same of the bf16 product; bytes of a panel from which on it counts as long.
 constexpr int bf16_tile_rows = 12;
@@ -111,6 +114,9 @@ NIBBLE_ALWAYS_INLINE Vf zero_if_nan(Vf v) noexcept {
 NIBBLE_ALWAYS_INLINE Vi if_nan(Vf v, Vi a, Vi b) noexcept {
   return _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), a);
 }
+
+// Lanes 2i and 2i + 1 change places.
+NIBBLE_ALWAYS_INLINE Vf swap_pairs(Vf v) noexcept { return _mm512_permute_ps(v, 0xB1); }
 
 NIBBLE_ALWAYS_INLINE Vi bits(Vf v) noexcept { return _mm512_castps_si512(v); }
 NIBBLE_ALWAYS_INLINE Vf from_bits(Vi v) noexcept { return _mm512_castsi512_ps(v); }

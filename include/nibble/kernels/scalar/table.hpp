@@ -5,6 +5,7 @@
 #include "nibble/kernels/scalar/gemm_float.hpp"
 #include "nibble/kernels/scalar/gemm_int.hpp"
 #include "nibble/kernels/scalar/lines.hpp"
+#include "nibble/kernels/scalar/nn.hpp"
 #include "nibble/kernels/table.hpp"
 
 namespace nibble {
@@ -22,9 +23,13 @@ inline constexpr KernelTable table = [] {
   t.gemv_float = &gemv_float;
   t.gemm_bf16 = &gemm_bf16;
   t.gemv_dense = &gemv_dense;
+  t.gemm_direct = &gemv_float;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;
   t.block_sums = &block_sums;
+  t.rms_norm = &rms_norm;
+  t.softmax = &softmax;
+  t.rope = &rope;
   t.line_range = &line_range;
   t.quantize_line = &quantize_line;
   t.dequantize_line = &dequantize_line;

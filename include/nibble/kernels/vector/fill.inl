@@ -8,9 +8,13 @@ constexpr void fill(KernelTable& t) noexcept {
   t.gemm_float = &gemm_float;
   t.gemv_float = &gemv_float;
   t.gemv_dense = &gemv_dense;
+  t.gemm_direct = &gemm_direct;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;
   t.block_sums = &block_sums;
+  t.rms_norm = &rms_norm;
+  t.softmax = &softmax;
+  t.rope = &rope;
   t.line_range = &line_range;
   t.quantize_line = &quantize_line;
   t.dequantize_line = &dequantize_line;

@@ -1,0 +1,471 @@
+// Attention over KV caches: softmax(K^T q) V for any mixture of sequences, prompts and single tokens.
+//
+// A task is a block of one span's queries for one key-value head: the keys and values are read once for all query heads
+// that share them. Where there are few long tasks (one sequence decodes a long context), scores are cut by positions and
+// values by dimensions instead, with a meeting between the two; no sum is ever cut.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <optional>
+
+#include "nibble/core/error.hpp"
+#include "nibble/core/fp_env.hpp"
+#include "nibble/core/thread_pool.hpp"
+#include "nibble/gemm/view.hpp"
+#include "nibble/gemm/workspace.hpp"
+#include "nibble/kernels/dispatch.hpp"
+#include "nibble/nn/kv_cache.hpp"
+
+namespace nibble {
+inline namespace NIBBLE_ABI {
+
+/// Tokens of one sequence within a batch: columns [column, column + tokens) are its positions past, past + 1, ... Their
+/// keys and values are in the cache (KvCache::store), though they need not count yet.
+struct AttentionSpan {
+  const KvCache* cache = nullptr;
+  std::size_t column = 0;
+  std::size_t tokens = 0;
+  std::size_t past = 0;
+};
+
+/// How attention() runs; the results are the same bits.
+struct AttentionOptions {
+  ThreadPool* pool = nullptr;      ///< nullptr: the calling thread alone
+  Workspace* workspace = nullptr;  ///< nullptr: one that the calling thread keeps
+  std::optional<Isa> isa = {};     ///< empty: the best that the CPU and NIBBLE_MAX_ISA allow
+};
+
+namespace detail {
+
+/// One call of attention(), from the plan to the outputs.
+class AttentionRun {
+ public:
+  AttentionRun(const KernelTable& kernels, const AttentionSpan* spans, std::size_t count, std::size_t layer,
+               const ConstMatrixRef& queries, MatrixRef& out)
+      : kernels_(kernels), spans_(spans), count_(count), layer_(layer) {
+    queries_ = queries.data();
+    query_stride_ = static_cast<std::size_t>(queries.outerStride());
+    out_ = out.data();
+    out_stride_ = static_cast<std::size_t>(out.outerStride());
+    head_size_ = spans[0].cache->options().head_size;
+    kv_heads_ = spans[0].cache->options().kv_heads;
+    shared_ = static_cast<std::size_t>(queries.rows()) / head_size_ / kv_heads_;
+    for (std::size_t s = 0; s < count; ++s) {
+      items_ += kv_heads_ * blocks_of(spans[s]);
+      capacity_ = std::max(capacity_, spans[s].cache->capacity());
+      any_int8_ = any_int8_ || spans[s].cache->format() == KvFormat::int8;
+      for (std::size_t b = 0; b < blocks_of(spans[s]); ++b) {
+        const Item item = item_at(s, 0, b);
+        bytes_ += kv_heads_ * item.positions * head_size_ * 4;
+      }
+    }
+  }
+
+  void run(ThreadPool* pool, Workspace& workspace) {
+    // Below this a second thread comes too late to help.
+    constexpr std::size_t little = std::size_t{128} << 10;
+    // From this on, cutting a task pays for the meeting in the middle.
+    constexpr std::size_t much = std::size_t{512} << 10;
+    std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
+    if (bytes_ < little || threads == 1) pool = nullptr, threads = 1;
+    const bool split = threads > 1 && items_ < 4 * threads && items_ % threads != 0 && bytes_ / items_ >= much;
+    plan(split ? items_ : threads, workspace);
+    if (split)
+      run_split(pool, threads);
+    else
+      for_tasks(pool, items_, [&](std::size_t task, std::size_t thread) {
+        const Item item = list_[task];
+        const Slot slot = slot_at(thread);
+        prepare(item, slot);
+        scores(item, slot, 0, ceil_div(item.positions, panel_width));
+        weigh(item, slot);
+        values(item, slot, 0, ceil_div(head_size_, panel_width));
+      });
+  }
+
+ private:
+  // Rows (queries times the heads that share keys) that a task likes: tiles of gemm_direct for floats, whose blocks cost
+  // nothing else; more for the integer kernels, which load weights into registers for all rows.
+  static constexpr std::size_t float_rows = 12;
+  static constexpr std::size_t int_rows = 48;
+  // Scores of one task, in floats: they stay in the second-level cache.
+  static constexpr std::size_t score_floats = std::size_t{1} << 17;
+
+  struct Item {
+    std::uint32_t span = 0;
+    std::uint32_t head = 0;
+    std::size_t begin = 0;  // tokens of the span
+    std::size_t end = 0;
+    std::size_t positions = 0;  // that the last of them sees
+  };
+  /// Scratch of one task.
+  struct Slot {
+    float* queries;  // [rows][query_size_]
+    float* scores;   // [rows][stride]
+    float* sums;     // [rows]
+    float* acc;      // [rows][padded head size]
+    std::atomic<std::size_t>* chunks;
+    // INT8: codes of the queries and of the weights, their scales and sums a group of 32
+    std::int8_t* query_codes;
+    float* query_scales;
+    std::int32_t* query_sums;
+    std::int8_t* codes;
+    float* scales;
+    std::int32_t* code_sums;
+    std::int32_t* block_sums;
+  };
+
+  std::size_t rows_limit(std::size_t positions, KvFormat format) const noexcept {
+    if (format != KvFormat::int8) return float_rows;
+    return std::clamp(score_floats / score_stride(positions), float_rows, int_rows);
+  }
+  std::size_t block_tokens(const AttentionSpan& s) const noexcept {
+    // 0 times what is not finite is not 0: then nobody may look at the tokens behind.
+    if (s.cache->exceptional()) return 1;
+    return std::max<std::size_t>(1, rows_limit(s.past + s.tokens, s.cache->format()) / shared_);
+  }
+  std::size_t blocks_of(const AttentionSpan& s) const noexcept { return ceil_div(s.tokens, block_tokens(s)); }
+  Item item_at(std::size_t span, std::size_t head, std::size_t block) const noexcept {
+    const AttentionSpan& s = spans_[span];
+    const std::size_t tokens = block_tokens(s);
+    Item item;
+    item.span = static_cast<std::uint32_t>(span);
+    item.head = static_cast<std::uint32_t>(head);
+    item.begin = block * tokens;
+    item.end = std::min(item.begin + tokens, s.tokens);
+    item.positions = s.past + item.end;
+    return item;
+  }
+
+  /// Floats from one row of scores to the next: whole groups, an odd number of cache lines.
+  static std::size_t score_stride(std::size_t positions) noexcept { return round_up(positions, kv_group) + 16; }
+
+  void plan(std::size_t slots, Workspace& workspace) {
+    // For the whole of the capacity, so that a growing context asks for no more memory.
+    const std::size_t stride = score_stride(capacity_);
+    const std::size_t rows = std::max(any_int8_ ? int_rows : float_rows, shared_);
+    const std::size_t least = std::max(float_rows, shared_);
+    const std::size_t floats = std::min(rows * stride, std::max(score_floats + 16 * rows, least * stride));
+    query_size_ = round_up(head_size_, 64);
+    query_groups_ = ceil_div(head_size_, kv_group);
+    dims_ = round_up(head_size_, panel_width);
+    ScratchPlan slot;
+    const std::size_t integers = any_int8_ ? 1 : 0;
+    at_.queries = slot.add(rows * query_size_, sizeof(float));
+    at_.scores = slot.add(floats, sizeof(float));
+    at_.sums = slot.add(rows, sizeof(float));
+    at_.acc = slot.add(rows * dims_, sizeof(float));
+    at_.chunks = slot.add(1, sizeof(std::atomic<std::size_t>));
+    at_.query_codes = slot.add(integers * rows, query_size_);
+    at_.query_scales = slot.add(integers * rows * query_groups_, sizeof(float));
+    at_.query_sums = slot.add(integers * rows * query_groups_, sizeof(std::int32_t));
+    at_.codes = slot.add(integers, floats);
+    at_.scales = slot.add(integers * ceil_div(floats, kv_group), sizeof(float));
+    at_.code_sums = slot.add(integers * ceil_div(floats, kv_group), sizeof(std::int32_t));
+    at_.block_sums = slot.add(integers * ceil_div(std::max(stride, query_size_), 16), sizeof(std::int32_t));
+    slot_bytes_ = slot.total();
+    ScratchPlan all;
+    const std::size_t list_at = all.add(items_, sizeof(Item));
+    const std::size_t ones_at = all.add(integers * dims_, sizeof(float));
+    const std::size_t slots_at = all.add(slots, slot_bytes_);
+    std::uint8_t* scratch = workspace.take(all.total());
+    slots_ = scratch + slots_at;
+    ones_ = reinterpret_cast<float*>(scratch + ones_at);
+    std::fill(ones_, ones_ + integers * dims_, 1.0F);
+
+    // Head by head, so that keys and values are still in a cache; the longest tasks first, so that threads end together.
+    list_ = reinterpret_cast<Item*>(scratch + list_at);
+    std::size_t i = 0;
+    for (std::size_t s = 0; s < count_; ++s)
+      for (std::size_t h = 0; h < kv_heads_; ++h)
+        for (std::size_t b = blocks_of(spans_[s]); b-- > 0;) new (list_ + i++) Item(item_at(s, h, b));
+    if (count_ > 1)
+      std::sort(list_, list_ + items_, [](const Item& a, const Item& b) { return a.positions > b.positions; });
+  }
+
+  Slot slot_at(std::size_t i) const noexcept {
+    std::uint8_t* base = slots_ + i * slot_bytes_;
+    const auto floats = [&](std::size_t at) { return reinterpret_cast<float*>(base + at); };
+    const auto integers = [&](std::size_t at) { return reinterpret_cast<std::int32_t*>(base + at); };
+    const auto codes = [&](std::size_t at) { return reinterpret_cast<std::int8_t*>(base + at); };
+    return {floats(at_.queries),
+            floats(at_.scores),
+            floats(at_.sums),
+            floats(at_.acc),
+            reinterpret_cast<std::atomic<std::size_t>*>(base + at_.chunks),
+            codes(at_.query_codes),
+            floats(at_.query_scales),
+            integers(at_.query_sums),
+            codes(at_.codes),
+            floats(at_.scales),
+            integers(at_.code_sums),
+            integers(at_.block_sums)};
+  }
+
+  void run_split(ThreadPool* pool, std::size_t threads) {
+    const std::size_t parts = ceil_div(4 * threads, items_);
+    for (std::size_t i = 0; i < items_; ++i) {
+      const Slot slot = slot_at(i);
+      new (slot.chunks) std::atomic<std::size_t>(parts);
+      prepare(list_[i], slot);
+    }
+    // `part` of `panels`, in steps that suit the kernels.
+    const auto cut = [&](std::size_t panels, std::size_t part, std::size_t step) {
+      return std::min(panels, round_up(panels * part / parts, step));
+    };
+    for_tasks(pool, items_ * parts, [&](std::size_t task, std::size_t) {
+      const Item item = list_[task / parts];
+      const Slot slot = slot_at(task / parts);
+      const std::size_t panels = ceil_div(item.positions, panel_width);
+      scores(item, slot, cut(panels, task % parts, 4), cut(panels, task % parts + 1, 4));
+      // Whoever ends last has all scores.
+      if (slot.chunks->fetch_sub(1, std::memory_order_acq_rel) == 1) weigh(item, slot);
+    });
+    for_tasks(pool, items_ * parts, [&](std::size_t task, std::size_t) {
+      const std::size_t panels = ceil_div(head_size_, panel_width);
+      const std::size_t begin = cut(panels, task % parts, 1), end = cut(panels, task % parts + 1, 1);
+      if (begin < end) values(list_[task / parts], slot_at(task / parts), begin, end);
+    });
+  }
+
+  const KvCache& cache_of(const Item& item) const noexcept { return *spans_[item.span].cache; }
+  std::size_t rows_of(const Item& item) const noexcept { return (item.end - item.begin) * shared_; }
+
+  /// Codes of `rows` rows of `n` floats (n a multiple of 16 or shorter than a group) in groups of 32, their scales and sums.
+  void quantize(const float* x, std::size_t x_stride, std::size_t rows, std::size_t n, std::size_t groups,
+                std::int8_t* codes, std::size_t code_stride, float* scales, std::int32_t* sums,
+                std::int32_t* block_sums) const noexcept {
+    const std::size_t full = n / kv_group, rest = n % kv_group;
+    for (std::size_t r = 0; r < rows; ++r) {
+      QuantizeRowsArgs args;
+      args.x = x + r * x_stride;
+      args.x_stride = kv_group;
+      args.rows = full;
+      args.k = kv_group;
+      args.q = codes + r * code_stride;
+      args.q_stride = kv_group;
+      args.scales = scales + r * groups;
+      kernels_.quantize_rows(args);
+      if (rest != 0) {
+        args.x += full * kv_group;
+        args.rows = 1;
+        args.k = rest;
+        args.q += full * kv_group;
+        args.q_stride = kv_group;
+        args.scales += full;
+        kernels_.quantize_rows(args);
+      }
+      kernels_.block_sums(codes + r * code_stride, groups * kv_group, block_sums);
+      for (std::size_t g = 0; g < groups; ++g) sums[r * groups + g] = block_sums[2 * g] + block_sums[2 * g + 1];
+    }
+  }
+
+  /// The item's queries to its scratch, a row a query and head.
+  void prepare(const Item& item, const Slot& slot) const noexcept {
+    const AttentionSpan& s = spans_[item.span];
+    const std::size_t first = item.head * shared_ * head_size_;
+    float* to = slot.queries;
+    for (std::size_t t = item.begin; t < item.end; ++t) {
+      const float* from = queries_ + (s.column + t) * query_stride_ + first;
+      for (std::size_t j = 0; j < shared_; ++j, to += query_size_)
+        std::memcpy(to, from + j * head_size_, head_size_ * sizeof(float));
+    }
+    if (s.cache->format() == KvFormat::int8)
+      quantize(slot.queries, query_size_, rows_of(item), head_size_, query_groups_, slot.query_codes, query_size_,
+               slot.query_scales, slot.query_sums, slot.block_sums);
+  }
+
+  /// Scores against positions [16 * begin, 16 * end).
+  void scores(const Item& item, const Slot& slot, std::size_t begin, std::size_t end) const noexcept {
+    if (begin >= end) return;
+    const KvPlane keys = cache_of(item).keys(layer_, item.head);
+    const std::size_t stride = score_stride(item.positions);
+    float* acc = slot.scores + begin * panel_width;
+    if (cache_of(item).format() != KvFormat::int8) {
+      FloatGemvArgs args;
+      args.w = keys.panels;
+      args.panel_begin = begin;
+      args.panel_end = end;
+      args.x = slot.queries;
+      args.x_stride = query_size_;
+      args.rows = rows_of(item);
+      args.acc = acc;
+      args.acc_stride = stride;
+      kernels_.gemm_direct(args);
+      return;
+    }
+    IntGemmArgs args;
+    args.w = keys.panels;
+    args.w.group_size = kv_group;
+    args.w.groups = query_groups_;
+    args.group_shift = 63;
+    args.panel_begin = begin;
+    args.panel_end = end;
+    args.x = slot.query_codes;
+    args.x_stride = query_size_;
+    args.x_sums = slot.query_sums;
+    args.x_scales = slot.query_scales;
+    args.sums_stride = query_groups_;
+    args.rows = rows_of(item);
+    args.acc = acc;
+    args.acc_stride = stride;
+    kernels_.gemm_w8a8(args);
+  }
+
+  /// Scores to weights, not yet divided by their sum; INT8: times the values' scales, as codes.
+  void weigh(const Item& item, const Slot& slot) const noexcept {
+    const bool int8 = cache_of(item).format() == KvFormat::int8;
+    const std::size_t padded = round_up(item.positions, kv_group);
+    SoftmaxArgs args;
+    args.x = slot.scores;
+    args.x_stride = score_stride(item.positions);
+    args.rows = rows_of(item);
+    args.n = int8 ? padded : item.positions;
+    args.first_visible = spans_[item.span].past + item.begin + 1;
+    args.rows_a_step = shared_;
+    args.sums = slot.sums;
+    if (int8) args.factors = cache_of(item).values(layer_, item.head).scales;
+    kernels_.softmax(args);
+    if (int8)
+      quantize(slot.scores, args.x_stride, args.rows, padded, padded / kv_group, slot.codes, padded, slot.scales,
+               slot.code_sums, slot.block_sums);
+  }
+
+  /// Dimensions [16 * begin, 16 * end) of the outputs.
+  void values(const Item& item, const Slot& slot, std::size_t begin, std::size_t end) const noexcept {
+    const KvPlane values = cache_of(item).values(layer_, item.head);
+    const std::size_t padded = round_up(item.positions, kv_group);
+    float* acc = slot.acc + begin * panel_width;
+    if (cache_of(item).format() != KvFormat::int8) {
+      FloatGemvArgs args;
+      args.w = values.panels;
+      args.w.k = item.positions;
+      args.panel_begin = begin;
+      args.panel_end = end;
+      args.x = slot.scores;
+      args.x_stride = score_stride(item.positions);
+      args.rows = rows_of(item);
+      args.acc = acc;
+      args.acc_stride = dims_;
+      kernels_.gemm_direct(args);
+    } else {
+      IntGemmArgs args;
+      args.w = values.panels;
+      args.w.k = padded;
+      args.w.k_padded = padded;
+      args.w.group_size = kv_group;
+      args.w.groups = padded / kv_group;
+      args.w.scales = ones_;
+      args.group_shift = 63;
+      args.panel_begin = begin;
+      args.panel_end = end;
+      args.x = slot.codes;
+      args.x_stride = padded;
+      args.x_sums = slot.code_sums;
+      args.x_scales = slot.scales;
+      args.sums_stride = args.w.groups;
+      args.rows = rows_of(item);
+      args.acc = acc;
+      args.acc_stride = dims_;
+      kernels_.gemm_w8a8(args);
+    }
+    const AttentionSpan& s = spans_[item.span];
+    const std::size_t channel = begin * panel_width;
+    const std::size_t channels = std::min(end * panel_width, head_size_) - channel;
+    std::size_t row = 0;
+    for (std::size_t t = item.begin; t < item.end; ++t) {
+      float* to = out_ + (s.column + t) * out_stride_ + item.head * shared_ * head_size_ + channel;
+      for (std::size_t j = 0; j < shared_; ++j, ++row) {
+        const float inverse = 1.0F / slot.sums[row];
+        const float* from = acc + row * dims_;
+        // + 0: whether a vanishing sum ended as -0 may depend on how many zeros came after it.
+        for (std::size_t d = 0; d < channels; ++d) to[j * head_size_ + d] = (from[d] + 0.0F) * inverse;
+      }
+    }
+  }
+
+  struct Offsets {
+    std::size_t queries, scores, sums, acc, chunks, query_codes, query_scales, query_sums, codes, scales,
+        code_sums, block_sums;
+  };
+
+  const KernelTable& kernels_;
+  const AttentionSpan* spans_;
+  std::size_t count_;
+  std::size_t layer_;
+  const float* queries_ = nullptr;
+  float* out_ = nullptr;
+  std::size_t query_stride_ = 0;
+  std::size_t out_stride_ = 0;
+  std::size_t head_size_ = 0;
+  std::size_t kv_heads_ = 0;
+  std::size_t shared_ = 1;  // query heads a key-value head
+  std::size_t capacity_ = 0;
+  bool any_int8_ = false;
+  std::size_t items_ = 0;
+  std::size_t bytes_ = 0;  // of keys and values that all items read, about
+  std::size_t query_size_ = 0;
+  std::size_t query_groups_ = 0;
+  std::size_t dims_ = 0;
+  Offsets at_{};
+  std::size_t slot_bytes_ = 0;
+  Item* list_ = nullptr;
+  float* ones_ = nullptr;
+  std::uint8_t* slots_ = nullptr;
+};
+
+}  // namespace detail
+
+/// out = softmax(K^T q) V, causal: the token at position p sees positions 0 .. p of its cache.
+///
+/// queries and out are (heads * head_size) x m, a token a column, head by head; spans say which columns belong to which
+/// cache. Columns that belong to no span are not touched. Query heads share key-value heads in runs of heads / kv_heads
+/// (grouped-query attention). Queries are already scaled: Rope::apply does it on the way.
+///
+/// With fp32 and fp16 caches scores and outputs are sums of one fma a step in ascending order; with INT8 ones the queries
+/// and the softmax weights are quantized in groups of 32 too, and sums over a group are exact. The bits of a token's
+/// output are the same whichever tokens are computed with it, and for any pool.
+///
+/// Allocates nothing once the workspace has grown to the largest capacity and batch seen. Throws InvalidArgument where
+/// shapes do not fit.
+inline void attention(const AttentionSpan* spans, std::size_t count, std::size_t layer,
+                      const ConstMatrixRef& queries, MatrixRef out, const AttentionOptions& options = {}) {
+  const detail::FpEnvironment environment;
+  std::size_t tokens = 0;
+  for (std::size_t s = 0; s < count; ++s) {
+    const AttentionSpan& span = spans[s];
+    detail::require(span.cache != nullptr, "attention span ", s, " has no cache");
+    const KvCacheOptions& o = span.cache->options();
+    const KvCacheOptions& first = spans[0].cache->options();
+    detail::require(o.head_size == first.head_size && o.kv_heads == first.kv_heads, "attention span ", s, " has ",
+                    o.kv_heads, " heads of ", o.head_size, ", the first has ", first.kv_heads, " of ",
+                    first.head_size);
+    detail::require(layer < o.layers, "layer is ", layer, ", the KV cache of span ", s, " has ", o.layers);
+    detail::require(span.tokens <= o.capacity && span.past <= o.capacity - span.tokens, "attention span ", s,
+                    " ends at ", span.past, " + ", span.tokens, " tokens, its cache holds ", o.capacity);
+    detail::require(span.tokens <= static_cast<std::size_t>(queries.cols()) &&
+                        span.column <= static_cast<std::size_t>(queries.cols()) - span.tokens,
+                    "attention span ", s, " has columns ", span.column, " + ", span.tokens, ", queries have ",
+                    queries.cols());
+    const std::size_t unit = o.head_size * o.kv_heads;
+    detail::require(queries.rows() > 0 && static_cast<std::size_t>(queries.rows()) % unit == 0, "queries have ",
+                    queries.rows(), " rows, expected a multiple of ", unit);
+    tokens += span.tokens;
+  }
+  detail::require(out.rows() == queries.rows() && out.cols() == queries.cols(), "out is ", out.rows(), " x ",
+                  out.cols(), ", expected ", queries.rows(), " x ", queries.cols());
+  detail::require_apart(queries, out, "queries", "out");
+  if (tokens == 0) return;
+  const detail::KernelTable& kernels = options.isa ? detail::kernels_for(*options.isa) : detail::kernels();
+  detail::AttentionRun run(kernels, spans, count, layer, queries, out);
+  run.run(options.pool, options.workspace != nullptr ? *options.workspace : detail::thread_workspace());
+}
+
+}  // namespace NIBBLE_ABI
+}  // namespace nibble
