@@ -11,6 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif NIBBLE_ARM64 && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace nibble {
@@ -27,6 +29,9 @@ struct CpuFeatures {
   bool avx512_vnni = false;
   bool avx512_bf16 = false;
   bool amx_int8 = false;  // TILE and INT8 together
+  bool neon = false;
+  bool dotprod = false;
+  bool i8mm = false;
 };
 
 #if NIBBLE_X86
@@ -74,6 +79,26 @@ inline CpuFeatures detect_cpu() noexcept {
   f.amx_int8 = amx && request_amx_tiles();
   return f;
 }
+#elif NIBBLE_ARM64
+inline CpuFeatures detect_cpu() noexcept {
+  CpuFeatures f;
+  f.neon = true;  // a part of AArch64
+#if defined(__linux__)
+  // By number: old C libraries lack the names.
+  constexpr unsigned long hwcap_asimddp = 1UL << 20;
+  constexpr unsigned long hwcap2_i8mm = 1UL << 13;
+  f.dotprod = (getauxval(AT_HWCAP) & hwcap_asimddp) != 0;
+  f.i8mm = (getauxval(AT_HWCAP2) & hwcap2_i8mm) != 0;
+#endif
+  // Elsewhere, what the compiler may assume: on macOS every Apple CPU has DotProd.
+#if defined(__ARM_FEATURE_DOTPROD)
+  f.dotprod = true;
+#endif
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  f.i8mm = true;
+#endif
+  return f;
+}
 #else
 inline CpuFeatures detect_cpu() noexcept { return {}; }
 #endif
@@ -83,9 +108,9 @@ inline bool supports(const CpuFeatures& f, Isa isa) noexcept {
   const bool avx512vnni = avx2 && f.avx512 && f.avx512_vnni;
   switch (isa) {
     case Isa::scalar: return true;
-    case Isa::neon: return false;
-    case Isa::neon_dotprod: return false;
-    case Isa::neon_i8mm: return false;
+    case Isa::neon: return f.neon;
+    case Isa::neon_dotprod: return f.neon && f.dotprod;
+    case Isa::neon_i8mm: return f.neon && f.dotprod && f.i8mm;
     case Isa::avx2: return avx2;
     case Isa::avxvnni: return avx2 && f.avx_vnni;
     case Isa::avx512vnni: return avx512vnni;

@@ -13,12 +13,15 @@
 // The kernels' machine code goes into every translation unit that multiplies, and the linker keeps one copy. A program
 // of many translation units saves their compile time by defining NIBBLE_EXTERN_KERNELS for all of them and
 // NIBBLE_DEFINE_KERNELS, too, for one.
-#if NIBBLE_X86 && (!defined(NIBBLE_EXTERN_KERNELS) || defined(NIBBLE_DEFINE_KERNELS))
+#if (NIBBLE_X86 || NIBBLE_ARM64) && (!defined(NIBBLE_EXTERN_KERNELS) || defined(NIBBLE_DEFINE_KERNELS))
 #define NIBBLE_KERNELS_HERE 1
 #include "nibble/kernels/avx2/table.hpp"
 #include "nibble/kernels/avx512bf16/table.hpp"
 #include "nibble/kernels/avx512vnni/table.hpp"
 #include "nibble/kernels/avxvnni/table.hpp"
+#include "nibble/kernels/neon/table.hpp"
+#include "nibble/kernels/neon_dotprod/table.hpp"
+#include "nibble/kernels/neon_i8mm/table.hpp"
 #else
 #define NIBBLE_KERNELS_HERE 0
 #endif
@@ -36,13 +39,19 @@ namespace detail {
 /// The table of an ISA other than scalar that is one of built_isas.
 NIBBLE_KERNELS_LINKAGE const KernelTable& vector_kernels(Isa isa) noexcept {
   switch (isa) {
+#if NIBBLE_ARM64
+    case Isa::neon_dotprod: return neon_dotprod::table;
+    case Isa::neon_i8mm: return neon_i8mm::table;
+    default: return neon::table;
+#else
     case Isa::avxvnni: return avxvnni::table;
     case Isa::avx512vnni: return avx512vnni::table;
     case Isa::avx512bf16: return avx512bf16::table;
     default: return avx2::table;
+#endif
   }
 }
-#elif NIBBLE_X86
+#elif NIBBLE_X86 || NIBBLE_ARM64
 const KernelTable& vector_kernels(Isa isa) noexcept;
 #endif
 
@@ -72,7 +81,7 @@ namespace detail {
 /// The table of `isa`. Throws Unsupported where this machine cannot run it.
 inline const KernelTable& kernels_for(Isa isa) {
   require<Unsupported>(isa_available(isa), "this CPU cannot run the ", name_of(isa), " kernels");
-#if NIBBLE_X86
+#if NIBBLE_X86 || NIBBLE_ARM64
   if (isa != Isa::scalar) return vector_kernels(isa);
 #endif
   return scalar::table;

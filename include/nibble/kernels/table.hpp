@@ -48,6 +48,8 @@ inline constexpr std::array<Isa, 9> all_isas = {Isa::scalar,     Isa::neon,     
 #if NIBBLE_X86
 inline constexpr std::array<Isa, 5> built_isas = {Isa::scalar, Isa::avx2, Isa::avxvnni, Isa::avx512vnni,
                                                   Isa::avx512bf16};
+#elif NIBBLE_ARM64
+inline constexpr std::array<Isa, 4> built_isas = {Isa::scalar, Isa::neon, Isa::neon_dotprod, Isa::neon_i8mm};
 #else
 inline constexpr std::array<Isa, 1> built_isas = {Isa::scalar};
 #endif
