@@ -97,9 +97,17 @@ TEST(Dispatch, AnIsaBeyondTheMachineIsAnErrorNotASignal) {
   };
   const std::vector<Feature> vnni = with(avx2, {&CpuFeatures::avx512, &CpuFeatures::avx512_vnni});
   const std::vector<Feature> bf16 = with(vnni, {&CpuFeatures::avx512_bf16});
-  const std::pair<Isa, std::vector<Feature>> needs[] = {
-      {Isa::scalar, {}},       {Isa::avx2, avx2},       {Isa::avxvnni, with(avx2, {&CpuFeatures::avx_vnni})},
-      {Isa::avx512vnni, vnni}, {Isa::avx512bf16, bf16}, {Isa::amx, with(bf16, {&CpuFeatures::amx_int8})}};
+  const std::vector<Feature> neon = {&CpuFeatures::neon};
+  const std::vector<Feature> dotprod = {&CpuFeatures::neon, &CpuFeatures::dotprod};
+  const std::pair<Isa, std::vector<Feature>> needs[] = {{Isa::scalar, {}},
+                                                        {Isa::avx2, avx2},
+                                                        {Isa::avxvnni, with(avx2, {&CpuFeatures::avx_vnni})},
+                                                        {Isa::avx512vnni, vnni},
+                                                        {Isa::avx512bf16, bf16},
+                                                        {Isa::amx, with(bf16, {&CpuFeatures::amx_int8})},
+                                                        {Isa::neon, neon},
+                                                        {Isa::neon_dotprod, dotprod},
+                                                        {Isa::neon_i8mm, with(dotprod, {&CpuFeatures::i8mm})}};
   for (const auto& [isa, features] : needs) {
     CpuFeatures has;
     for (Feature f : features) has.*f = true;

@@ -80,4 +80,13 @@
 #define NIBBLE_TARGET_END _Pragma("GCC pop_options")
 #endif
 
+// The regions of AArch64's kernels: Clang 14 knows features alone, GCC's assembler takes these from ARMv8.2 on.
+#if defined(__clang__)
+#define NIBBLE_TARGET_DOTPROD "dotprod"
+#define NIBBLE_TARGET_I8MM "dotprod,i8mm"
+#else
+#define NIBBLE_TARGET_DOTPROD "arch=armv8.2-a+dotprod"
+#define NIBBLE_TARGET_I8MM "arch=armv8.2-a+dotprod+i8mm"
+#endif
+
 #define NIBBLE_ALWAYS_INLINE inline __attribute__((always_inline))

@@ -16,12 +16,7 @@
 
 #include <arm_neon.h>
 
-// Clang 14 knows features alone; GCC's assembler takes this one from ARMv8.2 on.
-#if defined(__clang__)
-NIBBLE_TARGET_BEGIN("dotprod")
-#else
-NIBBLE_TARGET_BEGIN("arch=armv8.2-a+dotprod")
-#endif
+NIBBLE_TARGET_BEGIN(NIBBLE_TARGET_DOTPROD)
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
