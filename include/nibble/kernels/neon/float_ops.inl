@@ -18,7 +18,17 @@ constexpr int gemm_panels_1 = 3;
 constexpr int gemv_panels_1 = 2;
 constexpr int gemv_panels_2 = 1;
 constexpr int gemv_panels_4 = 1;
+constexpr int rows_tall = 4;  // rows of gemm_direct for many, and panels for a few
+constexpr int rows_panels = 2;
+constexpr std::size_t rows_prefetch = 2048;
 constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
+// The same of the bf16 product; bytes of a panel from which on it counts as long.
+constexpr int bf16_tile_rows = 4;
+constexpr int bf16_panels_4 = 1;
+constexpr int bf16_panels_2 = 1;
+constexpr int bf16_panels_1 = 2;
+constexpr std::size_t bf16_prefetch = 2048;
+constexpr std::size_t bf16_long_panel = 16384;
 // Sixteen floats are a lookup in four registers, by bytes: int4 codes decode by arithmetic, only nf4's by a table.
 constexpr bool cheap_lookup = false;
 
@@ -93,6 +103,9 @@ NIBBLE_ALWAYS_INLINE Vf min(Vf a, Vf b) noexcept { return vbslq_f32(vcltq_f32(a,
 NIBBLE_ALWAYS_INLINE Vf max(Vf a, Vf b) noexcept { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 NIBBLE_ALWAYS_INLINE Vf round(Vf v) noexcept { return vrndnq_f32(v); }
 NIBBLE_ALWAYS_INLINE float round_scalar(float v) noexcept { return vrndns_f32(v); }
+
+// Lanes 2i and 2i + 1 change places.
+NIBBLE_ALWAYS_INLINE Vf swap_pairs(Vf v) noexcept { return vrev64q_f32(v); }
 
 NIBBLE_ALWAYS_INLINE Vi bits(Vf v) noexcept { return vreinterpretq_s32_f32(v); }
 NIBBLE_ALWAYS_INLINE Vf from_bits(Vi v) noexcept { return vreinterpretq_f32_s32(v); }

@@ -10,6 +10,7 @@
 #include "nibble/formats/format.hpp"
 #include "nibble/kernels/args.hpp"
 #include "nibble/kernels/scalar/exp.hpp"
+#include "nibble/kernels/scalar/gemm_float.hpp"
 #include "nibble/kernels/table.hpp"
 
 #if NIBBLE_ARM64
@@ -33,9 +34,17 @@ namespace floats {
 #include "nibble/kernels/vector/gemm_float.inl"
 #include "nibble/kernels/vector/gemv_float.inl"
 #include "nibble/kernels/vector/gemv_dense.inl"
+// clang-format off
+#include "nibble/kernels/vector/bf16_fma.inl"
+#include "nibble/kernels/vector/gemm_bf16.inl"
+#include "nibble/kernels/neon/bf16_checked.inl"
+// clang-format on
+#include "nibble/kernels/vector/gemm_direct.inl"
 #include "nibble/kernels/vector/lines.inl"
 #include "nibble/kernels/vector/quantize_rows.inl"
+#include "nibble/kernels/vector/exp.inl"
 #include "nibble/kernels/vector/epilogue.inl"
+#include "nibble/kernels/vector/nn.inl"
 #include "nibble/kernels/vector/fill.inl"
 #undef NIBBLE_UNROLL
 }  // namespace floats
@@ -55,6 +64,8 @@ inline constexpr KernelTable table = [] {
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
   floats::fill(t);
+  t.bf16_tile_rows = floats::bf16_tile_rows;
+  t.gemm_bf16 = &floats::gemm_bf16_checked;
   return t;
 }();
 

@@ -4,14 +4,26 @@
 // says. Every load lies behind the first fence and every store in front of the second: so does the arithmetic between.
 class FlushedSubnormals {
  public:
+#if NIBBLE_X86
   FlushedSubnormals() noexcept : saved_(_mm_getcsr()) { set(saved_ | 0x8040U); }
+#else
+  FlushedSubnormals() noexcept {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_) : : "memory");
+    set(saved_ | (1U << 24));
+  }
+#endif
   ~FlushedSubnormals() { set(saved_); }
   FlushedSubnormals(const FlushedSubnormals&) = delete;
   FlushedSubnormals& operator=(const FlushedSubnormals&) = delete;
 
  private:
+#if NIBBLE_X86
   static void set(unsigned value) noexcept { asm volatile("ldmxcsr %0" : : "m"(value) : "memory"); }
   unsigned saved_;
+#else
+  static void set(std::uint64_t value) noexcept { asm volatile("msr fpcr, %0" : : "r"(value) : "memory"); }
+  std::uint64_t saved_;
+#endif
 };
 
 // Both bfloat16 of every lane: odd[], then even[].

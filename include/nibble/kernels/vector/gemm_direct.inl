@@ -82,12 +82,15 @@ inline void rows_panels_of(const FloatGemvArgs& a, std::size_t row) noexcept {
   }
 }
 
+// Panels of a tile of many rows: 2 vectors, or the one panel that is more.
+constexpr int tall_panels = halves < 2 ? 2 : 1;
+
 template <bool fp16>
 inline void rows_all(const FloatGemvArgs& a) noexcept {
   std::size_t row = 0;
-  for (; a.rows - row >= rows_tall; row += rows_tall) rows_panels_of<fp16, rows_tall, 2 / halves>(a, row);
+  for (; a.rows - row >= rows_tall; row += rows_tall) rows_panels_of<fp16, rows_tall, tall_panels>(a, row);
   if constexpr (rows_tall > 6) {
-    for (; a.rows - row >= 6; row += 6) rows_panels_of<fp16, 6, 2 / halves>(a, row);
+    for (; a.rows - row >= 6; row += 6) rows_panels_of<fp16, 6, tall_panels>(a, row);
   }
   for (; a.rows - row >= 4; row += 4) rows_panels_of<fp16, 4, rows_panels>(a, row);
   if (a.rows - row == 3) rows_panels_of<fp16, 3, rows_panels>(a, row);
