@@ -44,9 +44,13 @@ NIBBLE_KERNELS_LINKAGE const KernelTable& vector_kernels(Isa isa) noexcept {
     case Isa::neon_i8mm: return neon_i8mm::table;
     default: return neon::table;
 #else
+#if NIBBLE_HAVE_AVXVNNI
     case Isa::avxvnni: return avxvnni::table;
+#endif
     case Isa::avx512vnni: return avx512vnni::table;
+#if NIBBLE_HAVE_AVX512BF16
     case Isa::avx512bf16: return avx512bf16::table;
+#endif
     default: return avx2::table;
 #endif
   }

@@ -44,10 +44,30 @@ inline constexpr std::array<Isa, 9> all_isas = {Isa::scalar,     Isa::neon,     
                                                 Isa::neon_i8mm,  Isa::avx2,       Isa::avxvnni,
                                                 Isa::avx512vnni, Isa::avx512bf16, Isa::amx};
 
+// What the oldest compilers that Nibble knows, and the assemblers of their time, have not heard of.
+#if NIBBLE_X86 && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define NIBBLE_HAVE_AVXVNNI 1
+#else
+#define NIBBLE_HAVE_AVXVNNI 0
+#endif
+#if NIBBLE_X86 && (defined(__clang__) || __GNUC__ >= 10)
+#define NIBBLE_HAVE_AVX512BF16 1
+#else
+#define NIBBLE_HAVE_AVX512BF16 0
+#endif
+
 /// The ISAs whose kernels are in this build, in ascending order of preference, scalar first.
 #if NIBBLE_X86
-inline constexpr std::array<Isa, 5> built_isas = {Isa::scalar, Isa::avx2, Isa::avxvnni, Isa::avx512vnni,
-                                                  Isa::avx512bf16};
+inline constexpr std::array built_isas = {
+    Isa::scalar,     Isa::avx2,
+#if NIBBLE_HAVE_AVXVNNI
+    Isa::avxvnni,
+#endif
+    Isa::avx512vnni,
+#if NIBBLE_HAVE_AVX512BF16
+    Isa::avx512bf16,
+#endif
+};
 #elif NIBBLE_ARM64
 inline constexpr std::array<Isa, 4> built_isas = {Isa::scalar, Isa::neon, Isa::neon_dotprod, Isa::neon_i8mm};
 #else

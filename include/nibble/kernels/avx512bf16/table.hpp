@@ -12,7 +12,7 @@
 #include "nibble/kernels/avx512vnni/table.hpp"
 #include "nibble/kernels/table.hpp"
 
-#if NIBBLE_X86
+#if NIBBLE_HAVE_AVX512BF16
 
 #include <immintrin.h>
 
@@ -45,4 +45,4 @@ inline constexpr KernelTable table = [] {
 
 NIBBLE_TARGET_END
 
-#endif  // NIBBLE_X86
+#endif  // NIBBLE_HAVE_AVX512BF16

@@ -12,7 +12,7 @@
 #include "nibble/kernels/avx2/table.hpp"
 #include "nibble/kernels/table.hpp"
 
-#if NIBBLE_X86
+#if NIBBLE_HAVE_AVXVNNI
 
 #include <immintrin.h>
 
@@ -22,9 +22,20 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail::avxvnni {
 
+// clang-format off
+#include "nibble/kernels/avxvnni/int_ops.inl"
+#include "nibble/kernels/vector/int_params.inl"
+#include "nibble/kernels/avxvnni/int_tiles.inl"
+#include "nibble/kernels/avxvnni/w8a8.inl"
+#include "nibble/kernels/avxvnni/w4a8.inl"
+// clang-format on
+
 inline constexpr KernelTable table = [] {
   KernelTable t = avx2::table;
   t.isa = Isa::avxvnni;
+  t.int_panels = int_tiles::most_panels;
+  t.gemm_w8a8 = &gemm_w8a8;
+  t.gemm_w4a8 = &gemm_w4a8;
   return t;
 }();
 
@@ -34,4 +45,4 @@ inline constexpr KernelTable table = [] {
 
 NIBBLE_TARGET_END
 
-#endif  // NIBBLE_X86
+#endif  // NIBBLE_HAVE_AVXVNNI
