@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""In a program compiled at plain -O2, AVX-512 instructions are in detail::avx512vnni and avx512bf16 alone, and AVX ones
-in them and in detail::avx2 and avxvnni alone; and the instructions that the kernels are written for are really there.
+"""In a program compiled at plain -O2, AVX-512 instructions are in detail::avx512vnni and avx512bf16 alone, AVX ones in
+them and in detail::avx2 and avxvnni alone; what an ISA adds to the one below is in that ISA's namespace alone, in that
+ISA's encoding; and the instructions that the kernels are written for are really there.
 
 usage: check_objdump.py OBJECT COMPILER | check_objdump.py --self-test COMPILER      (exit status 77: skipped)
 
@@ -22,6 +23,18 @@ NOT_VEX = re.compile(r"^(verr|verw|vm(call|launch|resume|xoff|xon|read|write|cle
 
 EVEX_HOMES = ("avx512vnni", "avx512bf16")
 VEX_HOMES = ("avx2", "avxvnni")
+# Who may use what only some CPUs have beyond registers of their size. {vex} is how objdump shows an encoding of AVX-VNNI.
+OWN = [
+    (re.compile(r"^\{vex\} vpdp"), ("avxvnni",)),
+    (re.compile(r"^vpdp"), EVEX_HOMES),
+    (re.compile(r"^(vdpbf16|vcvtne2?ps2?bf16|vcvtneps2bf16)"), ("avx512bf16",)),
+]
+NEEDED = {
+    "avx2": ["vpmaddwd", "vpmaddubsw", "vfmadd", "vcvtph2ps"],
+    "avxvnni": ["{vex} vpdpbusd"],
+    "avx512vnni": ["vpdpbusd", "vfmadd"],
+    "avx512bf16": ["vdpbf16ps"],
+}
 
 
 def home_of(symbol):
@@ -51,9 +64,8 @@ def scan(path):
             continue
         instructions += 1
         text = code.group(1).split("<")[0]
-        mnemonic = text.split()[0]
-        if mnemonic.startswith("{"):
-            mnemonic = text.split()[1]
+        shown = " ".join(text.split()[:2]) if text.startswith("{") else text.split()[0]
+        mnemonic = shown.split()[-1]
         if EVEX_REGISTER.search(text):
             kind = "EVEX"
         elif mnemonic.startswith("v") and not NOT_VEX.match(mnemonic):
@@ -61,7 +73,9 @@ def scan(path):
         else:
             continue
         home = home_of(symbol)
-        seen.setdefault(home, set()).add(mnemonic)
+        seen.setdefault(home, set()).add(shown)
+        if any(pattern.match(shown) and home not in homes for pattern, homes in OWN):
+            faults.setdefault(symbol, []).append(f"another ISA's: {text.strip()}")
         if home not in EVEX_HOMES and not (home in VEX_HOMES and kind == "VEX"):
             faults.setdefault(symbol, []).append(f"{kind}: {text.strip()}")
     return instructions, faults, seen
@@ -73,7 +87,7 @@ def check(path):
         name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
         print(f"{name[:200]}: {len(lines)} instructions, e.g. {lines[0]}")
     good = not faults
-    for home, needed in {"avx512bf16": ["vdpbf16ps"], "avx512vnni": ["vpdpbusd", "vfmadd"], "avx2": ["vpmaddwd", "vfmadd", "vcvtph2ps"]}.items():
+    for home, needed in NEEDED.items():
         for mnemonic in needed:
             if not any(m.startswith(mnemonic) for m in seen.get(home, ())):
                 print(f"no {mnemonic} in detail::{home}")
@@ -113,6 +127,18 @@ def self_test(compiler):
                  "{ _mm512_storeu_ps(p, _mm512_add_ps(_mm512_loadu_ps(p), _mm512_loadu_ps(p))); } }",
                  "nibble::detail::avx2::wide(p);", 1),
     }
+    # An instruction of one ISA in another's namespace, in an encoding whose registers are no evidence.
+    for name, home, code, expected in [
+        ("avxvnni", "avxvnni", "%{vex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 0),
+        ("avxvnni in avx2", "avx2", "%{vex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 1),
+        ("avxvnni in avx512vnni", "avx512vnni", "%{vex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 1),
+        ("avx512vnni", "avx512vnni", "%{evex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 0),
+        ("avx512vnni in avxvnni", "avxvnni", "%{evex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 1),
+        ("avx512bf16", "avx512bf16", "vdpbf16ps %%ymm0, %%ymm1, %%ymm2", 0),
+        ("avx512bf16 in avx512vnni", "avx512vnni", "vdpbf16ps %%ymm0, %%ymm1, %%ymm2", 1),
+    ]:
+        cases[name] = ("avx2", f'namespace {home} {{ inline __attribute__((noinline)) void planted() '
+                       f'{{ asm volatile("{code}" : : : "xmm2"); }} }}', f"nibble::detail::{home}::planted();", expected)
     with tempfile.TemporaryDirectory() as work:
         for name, (target, leak, call, expected) in cases.items():
             source = os.path.join(work, name + ".cpp")
