@@ -86,6 +86,40 @@ NIBBLE_EMULATED void dot(Int& acc, Int u8, Int s8) noexcept {
   }
 }
 
+NIBBLE_EMULATED void dot_broadcast(Int& acc, Int u8, const std::int8_t* s8) noexcept {
+  dot(acc, u8, broadcast4(s8));
+}
+
+/// Half a unit of 8 k: codes that `load` makes of a panel's, 4 k of each row.
+template <int Rows, class Load>
+inline void dot_half(Int (&sums)[Rows][2], const std::uint8_t* codes, std::size_t panel_stride,
+                     const std::int8_t* x, std::size_t x_stride, const Load& load) noexcept {
+  for (std::size_t p = 0; p < 2; ++p)
+    for (std::size_t r = 0; r < Rows; ++r)
+      dot_broadcast(sums[r][p], load(codes + p * panel_stride), x + r * x_stride);
+}
+template <int Rows>
+inline void dot8_low(Int (&sums)[Rows][2], const std::uint8_t* codes, std::size_t panel_stride,
+                     const std::int8_t* x, std::size_t x_stride) noexcept {
+  dot_half(sums, codes, panel_stride, x, x_stride, [](const std::uint8_t* p) { return load_int(p); });
+}
+template <int Rows>
+inline void dot8_high(Int (&sums)[Rows][2], const std::uint8_t* codes, std::size_t panel_stride,
+                      const std::int8_t* x, std::size_t x_stride) noexcept {
+  dot_half(sums, codes + 64, panel_stride, x + 4, x_stride, [](const std::uint8_t* p) { return load_int(p); });
+}
+template <int Rows>
+inline void dot4_low(Int (&sums)[Rows][2], const std::uint8_t* codes, std::size_t panel_stride,
+                     const std::int8_t* x, std::size_t x_stride) noexcept {
+  dot_half(sums, codes, panel_stride, x, x_stride, [](const std::uint8_t* p) { return low_nibbles(load_int(p)); });
+}
+template <int Rows>
+inline void dot4_high(Int (&sums)[Rows][2], const std::uint8_t* codes, std::size_t panel_stride,
+                      const std::int8_t* x, std::size_t x_stride) noexcept {
+  dot_half(sums, codes, panel_stride, x + 4, x_stride,
+           [](const std::uint8_t* p) { return high_nibbles(load_int(p)); });
+}
+
 NIBBLE_EMULATED Float set_float(float v) noexcept {
   return each<Float>([&](int) { return v; });
 }

@@ -62,7 +62,7 @@ namespace floats {
 inline constexpr KernelTable table = [] {
   KernelTable t;
   t.isa = Isa::avx512vnni;
-  t.int_panels = int_tiles::tile_panels;
+  t.int_panels = int_tiles::panel_multiple;
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
   floats::fill(t);

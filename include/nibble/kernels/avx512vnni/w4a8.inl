@@ -1,15 +1,14 @@
 // INT4 weights x INT8 activations on AVX-512 VNNI.
 //
-// The streaming tile for every number of rows: up to 4 rows x 4 panels (int_tiles.inl); more rows pass over the
-// same four panels again while these are in L2. Port arithmetic for 4 x 4 and 8 k: 32 dpbusd on two multiplier
-// pipes, 12 logic and shift operations on the other two, 12 loads: 16 cycles where the pipes are 512 bits wide
-// (Zen 5), 32 on Zen 4. A group's end adds 16 FMA (and as many for float offsets or zero points): groups of 32 are
-// predicted at 128 / 144 = 89 % of the dpbusd loop, with offsets or zero points at 80 %. Measured, Zen 5 (EPYC,
-// 3.7 GHz), one core, 2026-11-23, N = K = 4096, the register-only dpbusd loop 954 GOP/s: groups of 32 symmetric: M
-// = 512 735-780, 64 750-773, 16 809, 8 802, 4 776-807, 2 600-635; asymmetric: M = 512 683-725, 16 750; float
-// offset: M = 512 621-641, 16 675; groups of 128: M = 512 830-914, 16 920-950. Weights stationary, as in w8a8.inl,
-// got 740-770, 640-690 and 620-655 for groups of 32. M = 1: 320-360 GOP/s in L3 (90-100 GB/s); 40-44 GB/s from
-// DRAM (16384 x 8192), where a plain loop with prefetch reads 37; time(M = 4) there is 1.1 x time(M = 1).
+// Tiles as in w8a8.inl. Port arithmetic for 6 x 2 and 8 k: 24 dpbusd on two multiplier pipes; 12 broadcasts, 4 loads
+// and 6 logic operations beside them, which leave these pipes alone: 12 cycles where the pipes are 512 bits wide (Zen
+// 5), 24 on Zen 4. A group's end adds a FMA for every sum, one for float offsets, one for scales of x: groups of 32 are
+// predicted at 8/9 of the dpbusd loop, with offsets at 8/10, with both at 8/11. Measured, Zen 5 (EPYC), one core,
+// 2026-11-23, N = K = 4096, the register-only dpbusd loop 1002 GOP/s: groups of 32 symmetric: 64 rows 835, 16 822, 4
+// 755; float offset 728, 730, 690, with scales of x 664, 658, 648; groups of 128: 918, 918, 888. M = 1: 349 GOP/s in
+// L3 (98 GB/s), 316 with offsets and scales of x; from DRAM (16384 x 8192) 40 and 39 GB/s, where the best read loop
+// does 40 and 39, and 39 to 42 over the 210 matrices of a small language model one after the other (read loop 43 to
+// 45; four panels as four streams got 26). time(M = 4) there is 1.1 x time(M = 1).
 
 struct Weights4 : int_params::Codes4 {
   /// 8 k of 16 channels, the first 4 k in w0.
@@ -18,10 +17,19 @@ struct Weights4 : int_params::Codes4 {
     w0 = int_ops::low_nibbles(both);
     w1 = int_ops::high_nibbles(both);
   }
+  /// The first (last) 4 of 8 k of 5 or 6 rows and two panels.
+  template <int Rows>
+  static NIBBLE_ALWAYS_INLINE void dot_low(int_ops::Int (&sums)[Rows][2], const std::uint8_t* codes,
+                                           std::size_t panel_stride, const std::int8_t* x,
+                                           std::size_t x_stride) noexcept {
+    int_ops::dot4_low(sums, codes, panel_stride, x, x_stride);
+  }
+  template <int Rows>
+  static NIBBLE_ALWAYS_INLINE void dot_high(int_ops::Int (&sums)[Rows][2], const std::uint8_t* codes,
+                                            std::size_t panel_stride, const std::int8_t* x,
+                                            std::size_t x_stride) noexcept {
+    int_ops::dot4_high(sums, codes, panel_stride, x, x_stride);
+  }
 };
 
-inline void gemm_w4a8(const IntGemmArgs& a) noexcept {
-  constexpr std::size_t block = int_tiles::row_block;
-  for (std::size_t row0 = 0; row0 < a.rows; row0 += block)
-    int_tiles::stream_all<Weights4>(a, row0, a.rows - row0 < block ? a.rows - row0 : block);
-}
+inline void gemm_w4a8(const IntGemmArgs& a) noexcept { int_tiles::gemm<Weights4>(a); }

@@ -1,13 +1,12 @@
 // INT8 weights x INT8 activations on AVX-512 VNNI.
 //
-// Up to 4 rows: the streaming tile, rows x 4 panels; from 5 on: weights stationary, 2 panels x 32 k
-// (int_tiles.inl). Port arithmetic, stationary, for one row, 32 k and 32 channels: 16 dpbusd on two multiplier
-// pipes; 10 loads, 2 stores and the loop hide behind them: 8 cycles where both pipes are 512 bits wide (Zen 5), 16
-// on Zen 4. Predicted: the dpbusd loop for one group a channel; 8/9 of it for groups of 32, whose ends take 2 FMA
-// on the same pipes. Measured, Zen 5 (EPYC, 3.7 GHz), one core, 2026-11-23, N = K = 4096, the register-only dpbusd
-// loop 954 GOP/s: one group: M = 512 885-927, 64 916-942, 16 870-950, 8 800-880, 4 780-850; groups of 32: M = 512
-// 763, 16 750, 4 650. M = 1: 210-221 GOP/s in L3 (105-110 GB/s); 44 GB/s from DRAM (16384 x 8192), where a plain
-// loop with prefetch reads 37.
+// From 5 rows on 6 or 5 rows x 2 panels, 2 to 4 rows x 4 panels, one row panel after panel (int_tiles.inl). Port
+// arithmetic for 6 x 2 and 8 k: 24 dpbusd on two multiplier pipes; 12 broadcasts and 4 loads beside them: 12 cycles
+// where both pipes are 512 bits wide (Zen 5), 24 on Zen 4. Predicted: the dpbusd loop for one group a channel; 8/9 of
+// it for groups of 32, whose ends take a FMA of every sum on the same pipes, 8/10 with a scale of x a group. Measured,
+// Zen 5 (EPYC), one core, 2026-11-23, N = K = 4096, the register-only dpbusd loop 1002 GOP/s: one group: 64 rows 950,
+// 16 910, 4 793; groups of 32: 825, 794, 637; with scales of x 728, 714, 606. M = 1: 212 GOP/s in L3 (106 GB/s); from
+// DRAM (16384 x 8192) 41 GB/s, where the best read loop does 40; with groups of 32 and scales of x 40.
 
 struct Weights8 : int_params::Codes8 {
   /// 8 k of 16 channels, the first 4 k in w0.
@@ -15,15 +14,19 @@ struct Weights8 : int_params::Codes8 {
     w0 = int_ops::load_int(codes);
     w1 = int_ops::load_int(codes + 64);
   }
+  /// The first (last) 4 of 8 k of 5 or 6 rows and two panels.
+  template <int Rows>
+  static NIBBLE_ALWAYS_INLINE void dot_low(int_ops::Int (&sums)[Rows][2], const std::uint8_t* codes,
+                                           std::size_t panel_stride, const std::int8_t* x,
+                                           std::size_t x_stride) noexcept {
+    int_ops::dot8_low(sums, codes, panel_stride, x, x_stride);
+  }
+  template <int Rows>
+  static NIBBLE_ALWAYS_INLINE void dot_high(int_ops::Int (&sums)[Rows][2], const std::uint8_t* codes,
+                                            std::size_t panel_stride, const std::int8_t* x,
+                                            std::size_t x_stride) noexcept {
+    int_ops::dot8_high(sums, codes, panel_stride, x, x_stride);
+  }
 };
 
-inline void gemm_w8a8(const IntGemmArgs& a) noexcept {
-  constexpr std::size_t block = int_tiles::row_block;
-  for (std::size_t row0 = 0; row0 < a.rows; row0 += block) {
-    const std::size_t rows = a.rows - row0 < block ? a.rows - row0 : block;
-    if (rows <= int_tiles::tile_rows)
-      int_tiles::stream_all<Weights8>(a, row0, rows);
-    else
-      int_tiles::stationary<Weights8>(a, row0, rows);
-  }
-}
+inline void gemm_w8a8(const IntGemmArgs& a) noexcept { int_tiles::gemm<Weights8>(a); }
