@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if NIBBLE_X86
+#include <xmmintrin.h>
+#endif
+
 #include "nibble/gemm/drive_int.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
 #include "nibble/core/thread_pool.hpp"
@@ -29,6 +33,10 @@ struct PanelSource {
   /// Where the panels lie in memory as they are wanted, [depth][16] each, ready_stride floats apart; else nullptr.
   const float* ready = nullptr;
   std::size_t ready_stride = 0;
+  /// Where the bytes of packed weights lie, to be fetched ahead: panel p's k at codes + p * panel_bytes + k * k_bytes.
+  const std::uint8_t* codes = nullptr;
+  std::size_t panel_bytes = 0;
+  std::size_t k_bytes = 0;
 };
 
 /// Depth of a block of fp32 panels: four of them and a tile of activations share the L1 cache. Panels that lie ready
@@ -46,7 +54,10 @@ inline PanelSource packed_source(const PanelView& w) {
             kernels.unpack({*static_cast<const PanelView*>(context), begin, end, k_begin, k_end, out, stride});
           },
           ready ? reinterpret_cast<const float*>(w.codes) : nullptr,
-          w.panel_bytes / sizeof(float)};
+          w.panel_bytes / sizeof(float),
+          w.codes,
+          w.panel_bytes,
+          panel_width * bits_of(w.format) / 8};
 }
 
 /// W^T: the outputs are w's inputs, the depth its channels.
@@ -97,17 +108,44 @@ inline PanelSource dense_source(const FloatView& a) {
           }};
 }
 
+/// out[k * rows + r] = in[r * stride + k] for k < count; up to 16 rows.
+inline void interleave_rows(const float* in, std::size_t stride, std::size_t rows, std::size_t count, float* out) {
+  std::size_t k = 0;
+#if NIBBLE_X86
+  // Blocks of 4 x 4. Rows are often a power of two apart and share cache sets: a line of each is used at once.
+  for (; rows % 4 == 0 && k + 16 <= count; k += 16)
+    for (std::size_t r = 0; r < rows; r += 4)
+      for (std::size_t i = k; i < k + 16; i += 4) {
+        const float* at = in + r * stride + i;
+        __m128 a = _mm_loadu_ps(at);
+        __m128 b = _mm_loadu_ps(at + stride);
+        __m128 c = _mm_loadu_ps(at + 2 * stride);
+        __m128 d = _mm_loadu_ps(at + 3 * stride);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        float* to = out + i * rows + r;
+        _mm_storeu_ps(to, a);
+        _mm_storeu_ps(to + rows, b);
+        _mm_storeu_ps(to + 2 * rows, c);
+        _mm_storeu_ps(to + 3 * rows, d);
+      }
+#endif
+  for (std::size_t r = 0; r < rows; ++r)
+    for (std::size_t i = k; i < count; ++i) out[i * rows + r] = in[r * stride + i];
+}
+
 /// outputs x tokens = source (outputs x depth) * x (depth x tokens). Tasks are (panels, block of tokens); k runs from
 /// 0 up within each, so bits depend on nothing but the values.
 inline void run_float(const KernelTable& kernels, const PanelSource& source, const FloatView& x,
                       const Epilogue& epilogue, const Output& out, ThreadPool* pool, Workspace& workspace) {
   const std::size_t depth = source.depth;
-  const std::size_t tokens = x.cols;
   const std::size_t height = kernels.float_tile_rows;
+  // A last tile of 3, 5, 7 or 11 rows is slower than one of a row more, which then is zeros that nobody asks for.
+  const std::size_t rest = x.cols % height;
+  const std::size_t tokens = x.cols + (rest % 2 == 1 && rest > 2 && rest != 9 ? 1 : 0);
   const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
   const std::size_t panels = ceil_div(source.outputs, panel_width);
   const std::size_t chunk = std::min(panels, kernels.float_panels);
-  // Blocks of about 256 tokens, whole tiles, nearly equal ones.
+  // Blocks of about 256 tokens, whole tiles, nearly equal ones: more, and their sums leave the L2 cache.
   const std::size_t block = std::min(tokens, round_up(ceil_div(tokens, ceil_div(tokens, 256)), height));
   const std::size_t panel_tasks = ceil_div(panels, chunk);
   const std::size_t token_tasks = ceil_div(tokens, block);
@@ -130,8 +168,14 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
       const std::size_t count = std::min(depth_block, depth - k0);
       float* to = packed_x + k0 * tokens + first * count;
       const float* from = x.data + k0 * x.row_stride + first * x.col_stride;
+      const std::size_t real = std::min(rows, x.cols - first);
+      if (x.row_stride == 1 && real == rows) {
+        interleave_rows(from, x.col_stride, rows, count, to);
+        continue;
+      }
       for (std::size_t r = 0; r < rows; ++r)
-        for (std::size_t k = 0; k < count; ++k) to[k * rows + r] = from[k * x.row_stride + r * x.col_stride];
+        for (std::size_t k = 0; k < count; ++k)
+          to[k * rows + r] = r < real ? from[k * x.row_stride + r * x.col_stride] : 0.0F;
     }
   });
 
@@ -163,10 +207,19 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
       args.accumulate = k0 != 0;
       args.acc = acc;
       args.acc_stride = acc_stride;
+      if (source.codes != nullptr) {
+        // The same panels' next k, or after the last the panels that follow.
+        const std::size_t next = k0 + count;
+        args.fetch =
+            reinterpret_cast<std::uintptr_t>(source.codes) +
+            (next < depth ? begin * source.panel_bytes + next * source.k_bytes : end * source.panel_bytes);
+        args.fetch_stride = source.panel_bytes;
+        args.fetch_bytes = count * source.k_bytes;
+      }
       kernels.gemm_float(args);
     }
     const std::size_t channel = begin * panel_width;
-    finish_tile(kernels, acc, acc_stride, token, rows, channel,
+    finish_tile(kernels, acc, acc_stride, token, std::min(rows, x.cols - token), channel,
                 std::min(end * panel_width, source.outputs) - channel, nullptr, nullptr, nullptr, epilogue, out);
   });
 }

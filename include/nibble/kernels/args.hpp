@@ -116,6 +116,11 @@ struct FloatGemmArgs {
   bool accumulate = false;
   float* acc = nullptr;  // [rows][acc_stride]
   std::size_t acc_stride = 0;
+  // A hint: what the caller reads next, fetched meanwhile. fetch_bytes for every panel, fetch_stride apart; no matter
+  // what lies there, or whether anything does.
+  std::uintptr_t fetch = 0;
+  std::size_t fetch_stride = 0;
+  std::size_t fetch_bytes = 0;
 };
 
 /// Packed weights of any format times a few fp32 rows (rows <= KernelTable::gemv_max_rows), dequantized in

@@ -41,6 +41,9 @@ inline const float* table_of(const PanelView& w) noexcept {
   return w.symmetry == Symmetry::symmetric ? int4_levels : nibble_values;
 }
 
+// With 32 registers there is room for the constants.
+constexpr bool bytes_by_logic = halves == 1;
+
 constexpr bool has_groups(Decode kind) noexcept { return kind > Decode::bf16; }
 // Bytes of eight k of a panel.
 constexpr std::size_t unit_bytes(Decode kind) noexcept {
@@ -60,12 +63,25 @@ NIBBLE_ALWAYS_INLINE Vf load_scales(const void* base, ScaleType type, std::size_
   return load(static_cast<const float*>(base) + index);
 }
 
+// A byte in bits 0.. or 8.. of a lane, put under the exponent that gives that bit the value 1, is a float: 2^23 + q or
+// 2^15 + q. An exact subtraction then takes away the power and the zero point. Logic and additions run beside the FMAs,
+// while shuffles and conversions would compete with each other: int8 from 137 to 172 GFLOP/s at 4 rows on Zen 5.
+template <int Bit>
+constexpr float byte_base() noexcept {
+  return static_cast<float>(1U << (23 - Bit));
+}
+template <int Bit>
+NIBBLE_ALWAYS_INLINE Vf byte_under_base(Vi v) noexcept {
+  return from_bits(or_int(and_int(v, set1_int(0xFF << Bit)), bits(set1(byte_base<Bit>()))));
+}
+
 // One panel's decoder. group() at every start of a group, then unit() and value<0>() .. value<7>() for every unit.
 template <Decode kind>
 struct Decoder {
   Vf scale[halves];
   Vf offset[halves];  // the float offset; asymmetric: float(zero), for int4 by table
   Vi zeros[halves];
+  Vf base[2 * halves];  // what byte_under_base adds to q - zero, by bits 0 and 8
   Vi codes[2 * halves];
   const std::uint8_t* at;
 
@@ -86,6 +102,8 @@ struct Decoder {
           zeros[h] = set1_int(128);
           if (w.zeros != nullptr)
             zeros[h] = add_int(zeros[h], load_s8(static_cast<const std::int8_t*>(w.zeros) + index));
+          base[h] = add(to_float(zeros[h]), set1(byte_base<0>()));
+          base[halves + h] = add(to_float(zeros[h]), set1(byte_base<8>()));
         }
       }
     }
@@ -118,6 +136,12 @@ struct Decoder {
       const Vi pair = load_int(at + (I / 2) * 64 + h * lanes * 4);
       if constexpr (I % 2 == 0) return from_bits(shift_left<16>(pair));
       return from_bits(and_int(pair, set1_int(static_cast<std::int32_t>(0xFFFF0000U))));
+    } else if constexpr (unit_bytes(kind) == 128 && bytes_by_logic) {
+      constexpr int bit = I % 2 * 8;
+      const Vi four = codes[(I / 4) * halves + h];
+      const Vf q = byte_under_base<bit>(I % 4 < 2 ? four : shift_right<16>(four));
+      if constexpr (kind == Decode::int8) return mul_only(scale[h], sub(q, base[I % 2 * halves + h]));
+      return fma(scale[h], sub(q, set1(byte_base<bit>() + 128.0F)), offset[h]);
     } else if constexpr (unit_bytes(kind) == 128) {
       const Vi q = byte_of_lanes<I % 4>(codes[(I / 4) * halves + h]);
       if constexpr (kind == Decode::int8) return mul_only(scale[h], to_float(sub_int(q, zeros[h])));

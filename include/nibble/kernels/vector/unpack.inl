@@ -13,11 +13,6 @@ inline void unpack_panels(const UnpackArgs& a) noexcept {
     const std::uint8_t* codes = w.codes + p * w.panel_bytes;
     float* out = a.out + (p - a.panel_begin) * a.out_panel_stride;
     std::size_t k = a.k_begin;
-    // What is unpacked next, fetched while this block is multiplied: the next k of this panel, or after the last
-    // the first k of the panels that follow.
-    const std::size_t ahead =
-        a.k_end < w.k ? (a.k_end - a.k_begin) / 8 * unit_bytes(kind)
-                      : (a.panel_end - a.panel_begin) * w.panel_bytes - a.k_begin / 8 * unit_bytes(kind);
     while (k < a.k_end) {
       std::size_t end = a.k_end;
       if constexpr (has_groups(kind)) {
@@ -27,7 +22,7 @@ inline void unpack_panels(const UnpackArgs& a) noexcept {
       }
       for (; k < end; k += 8, out += 8 * panel_width) {
         const bool cut = k + 8 > end;
-        prefetch_lines<static_cast<int>(unit_bytes(kind) / 64)>(codes, ahead + k / 8 * unit_bytes(kind));
+        prefetch_lines<static_cast<int>(unit_bytes(kind) / 64)>(codes, k / 8 * unit_bytes(kind) + 1024);
         d.unit(codes + k / 8 * unit_bytes(kind));
         decode_unit<kind>(d, table, cut ? staged : out);
         if (cut) std::memcpy(out, staged, (end - k) * panel_width * sizeof(float));
