@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels_int_problem.hpp"
@@ -37,6 +38,21 @@ namespace detail::emulated_avxvnni {
 // clang-format on
 
 }  // namespace detail::emulated_avxvnni
+
+namespace detail::emulated_amx {
+
+namespace below = emulated512;
+namespace int_ops = emulated512::int_ops;
+namespace int_params = emulated512::int_params;
+
+// clang-format off
+#include "emulation/amx_tile_ops.inl"
+#include "nibble/kernels/amx/int_tiles.inl"
+#include "nibble/kernels/amx/w4a8.inl"
+#include "nibble/kernels/amx/w8a8.inl"
+// clang-format on
+
+}  // namespace detail::emulated_amx
 }  // namespace NIBBLE_ABI
 }  // namespace nibble
 
@@ -68,6 +84,54 @@ TEST(KernelsIntEmulated, Avx512EqualsScalarOverShapes) {
 TEST(KernelsIntEmulated, AvxVnniEqualsScalarOverShapes) {
   expect_scalar_over_shapes(&nibble::detail::emulated_avxvnni::gemm_w8a8,
                             &nibble::detail::emulated_avxvnni::gemm_w4a8);
+}
+
+TEST(KernelsIntEmulated, AmxEqualsScalarOverShapes) {
+  expect_scalar_over_shapes(&nibble::detail::emulated_amx::gemm_w8a8, &nibble::detail::emulated_amx::gemm_w4a8);
+}
+
+// Shapes that go through tiles: whole and half ones, tails of k, all numbers of rows, groups longer than a block.
+TEST(KernelsIntEmulated, AmxTilesEqualScalar) {
+  using nibble::detail::emulated_amx::tile_ops::Tiles;
+  std::size_t turn = 0;
+  const auto check = [&](Shape shape) {
+    if (testing::Test::HasFailure()) return;
+    const Problem problem(shape, static_cast<std::uint32_t>(++turn));
+    const bool eight = shape.format == Format::int8;
+    const Kernel kernel =
+        eight ? &nibble::detail::emulated_amx::gemm_w8a8 : &nibble::detail::emulated_amx::gemm_w4a8;
+    const auto oracle = eight ? nibble::detail::scalar::table.gemm_w8a8 : nibble::detail::scalar::table.gemm_w4a8;
+    const std::size_t dots = Tiles::dots;
+    ASSERT_TRUE(problem.run(kernel) == problem.run(oracle)) << shape.name();
+    ASSERT_GT(Tiles::dots, dots) << shape.name();
+  };
+  nibble_test::for_each_variant(Shape{}, [&](Shape s) {
+    for (std::size_t group : {0U, 32U, 64U, 96U, 128U, 1088U, 2048U})
+      for (std::size_t rows : {8U, 16U, 19U, 32U, 33U, 64U, 75U}) {
+        s.rows = rows;
+        s.panels = 1 + turn % 3;
+        s.k = group > 128 ? 2191 + turn % 50 : 257 + turn % 66;
+        s.group_size = group;
+        s.x_pad = turn % 3;
+        s.acc_pad = turn % 5;
+        s.gap = turn % 2;
+        if (group <= 128 || rows < 20) check(s);
+      }
+  });
+  for (Format format : {Format::int8, Format::int4})
+    for (nibble::Symmetry symmetry : {nibble::Symmetry::symmetric, nibble::Symmetry::asymmetric})
+      for (std::size_t rows : {8U, 40U})
+        for (std::size_t k : {5U, 64U, 1500U}) {
+          Shape s;
+          s.format = format;
+          s.symmetry = symmetry;
+          s.rows = rows;
+          s.panels = 3;
+          s.k = k;
+          s.raw = true;
+          check(s);
+        }
+  EXPECT_GT(turn, 500U);
 }
 
 }  // namespace

@@ -22,7 +22,10 @@ if has avx2 && has fma && has f16c; then
   if has avx_vnni; then runs+=(avxvnni); fi
   if has avx512f && has avx512bw && has avx512vl && has avx512dq && has avx512_vnni; then
     runs+=(avx512vnni)
-    if has avx512_bf16; then runs+=(avx512bf16); fi
+    if has avx512_bf16; then
+      runs+=(avx512bf16)
+      if has amx_tile && has amx_int8; then runs+=(amx); fi
+    fi
   fi
 fi
 expected=${runs[-1]}
@@ -30,7 +33,7 @@ expected=${runs[-1]}
 [ "$(isa_of "$best")" = $expected ] || fail "this CPU has $expected"
 
 want=scalar
-for limit in scalar avx2 avxvnni avx512vnni avx512bf16; do
+for limit in scalar avx2 avxvnni avx512vnni avx512bf16 amx; do
   line=$(NIBBLE_MAX_ISA=$limit "$program")
   echo "NIBBLE_MAX_ISA=$limit: $line"
   # The best one up to the limit, which the machine may lack itself.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""In a program compiled at plain -O2, AVX-512 instructions are in detail::avx512vnni and avx512bf16 alone, AVX ones in
-them and in detail::avx2 and avxvnni alone; what an ISA adds to the one below is in that ISA's namespace alone, in that
+"""In a program compiled at plain -O2, AVX-512 instructions are in detail::avx512vnni, avx512bf16 and amx alone, AVX ones
+in them and in detail::avx2 and avxvnni alone; what an ISA adds to the one below is in that ISA's namespace alone, in that
 ISA's encoding; and the instructions that the kernels are written for are really there.
 
 usage: check_objdump.py OBJECT COMPILER | check_objdump.py --self-test COMPILER      (exit status 77: skipped)
@@ -21,12 +21,13 @@ EVEX_REGISTER = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|\{1to\d+
 # virtualization instructions do.
 NOT_VEX = re.compile(r"^(verr|verw|vm(call|launch|resume|xoff|xon|read|write|clear|ptr|func)\w*)$")
 
-EVEX_HOMES = ("avx512vnni", "avx512bf16")
+EVEX_HOMES = ("avx512vnni", "avx512bf16", "amx")
 VEX_HOMES = ("avx2", "avxvnni")
 # Who may use what only some CPUs have beyond registers of their size. {vex} is how objdump shows an encoding of AVX-VNNI.
 OWN = [
     (re.compile(r"^\{vex\} vpdp"), ("avxvnni",)),
     (re.compile(r"^vpdp"), EVEX_HOMES),
+    (re.compile(r"^(tdp|tile|(ld|st)tilecfg)"), ("amx",)),
     (re.compile(r"^(vdpbf16|vcvtne2?ps2?bf16|vcvtneps2bf16)"), ("avx512bf16",)),
 ]
 NEEDED = {
@@ -34,6 +35,7 @@ NEEDED = {
     "avxvnni": ["{vex} vpdpbusd"],
     "avx512vnni": ["vpdpbusd", "vfmadd"],
     "avx512bf16": ["vdpbf16ps"],
+    "amx": ["ldtilecfg", "tileloadd", "tdpbsud", "tilestored", "tilerelease"],
 }
 
 
@@ -66,15 +68,18 @@ def scan(path):
         text = code.group(1).split("<")[0]
         shown = " ".join(text.split()[:2]) if text.startswith("{") else text.split()[0]
         mnemonic = shown.split()[-1]
+        own = [homes for pattern, homes in OWN if pattern.match(shown)]
         if EVEX_REGISTER.search(text):
             kind = "EVEX"
         elif mnemonic.startswith("v") and not NOT_VEX.match(mnemonic):
             kind = "VEX"
+        elif own:
+            kind = "own"
         else:
             continue
         home = home_of(symbol)
         seen.setdefault(home, set()).add(shown)
-        if any(pattern.match(shown) and home not in homes for pattern, homes in OWN):
+        if any(home not in homes for homes in own):
             faults.setdefault(symbol, []).append(f"another ISA's: {text.strip()}")
         if home not in EVEX_HOMES and not (home in VEX_HOMES and kind == "VEX"):
             faults.setdefault(symbol, []).append(f"{kind}: {text.strip()}")
@@ -135,6 +140,8 @@ def self_test(compiler):
         ("avx512vnni", "avx512vnni", "%{evex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 0),
         ("avx512vnni in avxvnni", "avxvnni", "%{evex%} vpdpbusd %%ymm0, %%ymm1, %%ymm2", 1),
         ("avx512bf16", "avx512bf16", "vdpbf16ps %%ymm0, %%ymm1, %%ymm2", 0),
+        ("amx", "amx", "tdpbsud %%tmm0, %%tmm1, %%tmm2", 0),
+        ("amx in avx512bf16", "avx512bf16", "tilerelease", 1),
         ("avx512bf16 in avx512vnni", "avx512vnni", "vdpbf16ps %%ymm0, %%ymm1, %%ymm2", 1),
     ]:
         cases[name] = ("avx2", f'namespace {home} {{ inline __attribute__((noinline)) void planted() '

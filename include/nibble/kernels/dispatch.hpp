@@ -15,6 +15,7 @@
 // NIBBLE_DEFINE_KERNELS, too, for one.
 #if (NIBBLE_X86 || NIBBLE_ARM64) && (!defined(NIBBLE_EXTERN_KERNELS) || defined(NIBBLE_DEFINE_KERNELS))
 #define NIBBLE_KERNELS_HERE 1
+#include "nibble/kernels/amx/table.hpp"
 #include "nibble/kernels/avx2/table.hpp"
 #include "nibble/kernels/avx512bf16/table.hpp"
 #include "nibble/kernels/avx512vnni/table.hpp"
@@ -50,6 +51,9 @@ NIBBLE_KERNELS_LINKAGE const KernelTable& vector_kernels(Isa isa) noexcept {
     case Isa::avx512vnni: return avx512vnni::table;
 #if NIBBLE_HAVE_AVX512BF16
     case Isa::avx512bf16: return avx512bf16::table;
+#endif
+#if NIBBLE_HAVE_AMX
+    case Isa::amx: return amx::table;
 #endif
     default: return avx2::table;
 #endif

@@ -47,8 +47,10 @@ inline constexpr std::array<Isa, 9> all_isas = {Isa::scalar,     Isa::neon,     
 // What the oldest compilers that Nibble knows, and the assemblers of their time, have not heard of.
 #if NIBBLE_X86 && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define NIBBLE_HAVE_AVXVNNI 1
+#define NIBBLE_HAVE_AMX 1
 #else
 #define NIBBLE_HAVE_AVXVNNI 0
+#define NIBBLE_HAVE_AMX 0
 #endif
 #if NIBBLE_X86 && (defined(__clang__) || __GNUC__ >= 10)
 #define NIBBLE_HAVE_AVX512BF16 1
@@ -66,6 +68,9 @@ inline constexpr std::array built_isas = {
     Isa::avx512vnni,
 #if NIBBLE_HAVE_AVX512BF16
     Isa::avx512bf16,
+#endif
+#if NIBBLE_HAVE_AMX
+    Isa::amx,
 #endif
 };
 #elif NIBBLE_ARM64
