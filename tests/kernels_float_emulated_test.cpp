@@ -40,6 +40,7 @@ inline constexpr KernelTable table = [] {
   t.block_sums = &block_sums;
   t.rms_norm = &rms_norm;
   t.softmax = &softmax;
+  t.softmax_codes = &softmax_codes;
   t.rope = &rope;
   t.line_range = &line_range;
   t.quantize_line = &quantize_line;

@@ -5,9 +5,12 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <vector>
 
+#include "nibble/kernels/dispatch.hpp"
+#include "nibble/nn/softmax.hpp"
 #include "vocabulary.hpp"
 
 namespace llm {
@@ -18,9 +21,22 @@ struct SamplerOptions {
   std::uint64_t seed = 0;
 };
 
-/// The first of the largest logits.
+/// The first of the largest of n > 0 logits.
 inline Token argmax(const float* logits, std::size_t n) {
-  return static_cast<Token>(std::max_element(logits, logits + n) - logits);
+  // The largest of a block by the library's kernel, which takes many at once; then its place in the first such block.
+  constexpr std::size_t block = 1024;
+  const nibble::detail::KernelTable& kernels = nibble::detail::kernels();
+  std::size_t best = 0;
+  float highest = -std::numeric_limits<float>::infinity();
+  for (std::size_t i = 0; i < n; i += block) {
+    const nibble::detail::LineRange range = kernels.line_range(logits + i, std::min(block, n - i));
+    if (!range.finite) return static_cast<Token>(std::max_element(logits, logits + n) - logits);
+    if (i == 0 || range.max > highest) {
+      highest = range.max;
+      best = i;
+    }
+  }
+  return static_cast<Token>(std::find(logits + best, logits + n, highest) - logits);
 }
 
 class Sampler {
@@ -31,12 +47,9 @@ class Sampler {
     if (options_.temperature <= 0.0F) return argmax(logits, n);
     order_.resize(n);
     weight_.resize(n);
-    const float top = *std::max_element(logits, logits + n);
-    double total = 0.0;
-    for (std::size_t i = 0; i < n; ++i) {
-      weight_[i] = std::exp((logits[i] - top) / options_.temperature);
-      total += static_cast<double>(weight_[i]);
-    }
+    for (std::size_t i = 0; i < n; ++i) weight_[i] = logits[i] / options_.temperature;
+    double total =
+        static_cast<double>(nibble::detail::exp_minus_max(weight_.data(), n, nibble::detail::kernels()));
     std::iota(order_.begin(), order_.end(), 0);
     const std::size_t kept = options_.top_p < 1.0F ? keep_nucleus(total) : n;
     double pick = uniform() * total;

@@ -21,6 +21,7 @@ constexpr int gemm_panels_1 = avx512vnni::floats::gemm_panels_1;
 constexpr int gemv_panels_1 = avx512vnni::floats::gemv_panels_1;
 constexpr int gemv_panels_2 = avx512vnni::floats::gemv_panels_2;
 constexpr int gemv_panels_4 = avx512vnni::floats::gemv_panels_4;
+constexpr int exp_vectors = avx512vnni::floats::exp_vectors;
 constexpr int rows_tall = avx512vnni::floats::rows_tall;
 constexpr int rows_panels = avx512vnni::floats::rows_panels;
 constexpr std::size_t rows_prefetch = avx512vnni::floats::rows_prefetch;
@@ -69,6 +70,9 @@ NIBBLE_EMULATED Vi set1_int(std::int32_t v) noexcept {
 NIBBLE_EMULATED Vf load_n(const float* p, std::size_t n) noexcept {
   return each([&](int i) { return i < count_of(n) ? element<float>(p, i) : 0.0F; });
 }
+NIBBLE_EMULATED Vf load_n_or(const float* p, std::size_t n, Vf rest) noexcept {
+  return each([&](int i) { return i < count_of(n) ? element<float>(p, i) : rest.v[i]; });
+}
 NIBBLE_EMULATED Vf load(const float* p) noexcept { return load_n(p, 16); }
 NIBBLE_EMULATED void store_n(float* p, Vf v, std::size_t n) noexcept {
   for (int i = 0; i < count_of(n); ++i) put(p, i, v.v[i]);
@@ -111,6 +115,10 @@ NIBBLE_EMULATED Vf add(Vf a, Vf b) noexcept {
 }
 NIBBLE_EMULATED Vf sub(Vf a, Vf b) noexcept {
   return each([&](int i) { return rounded(a.v[i] - b.v[i]); });
+}
+constexpr bool has_scalef = true;
+NIBBLE_EMULATED Vf scalef(Vf a, Vf n) noexcept {
+  return each([&](int i) { return a.v[i] == a.v[i] ? rounded(std::ldexp(a.v[i], static_cast<int>(n.v[i]))) : a.v[i]; });
 }
 NIBBLE_EMULATED Vf div(Vf a, Vf b) noexcept {
   return each([&](int i) { return rounded(a.v[i] / b.v[i]); });

@@ -303,6 +303,27 @@ struct SoftmaxArgs {
   float* sums = nullptr;           // [rows]
 };
 
+/// The same as codes, for a product with INT8 values whose scales are `factors`. With e[i] the numerators and sums as
+/// above (0 from visible(r) on), for every row and group of 32:
+///   w[i] = e[i] * factors[i], NaN counts as 0
+///   m = the largest w[i] of the group, 0 where it is below 2^-100
+///   scales[r][g] = m * (1 / 127), the reciprocal rounded
+///   codes[r][i] = rne(w[i] * (127 / m)); 0 where m is 0
+///   code_sums[r][g] = their sum
+struct SoftmaxCodesArgs {
+  const float* x = nullptr;  // [rows][x_stride]; n of a row are read
+  std::size_t x_stride = 0;
+  std::size_t rows = 0;
+  std::size_t n = 0;              // a multiple of 32
+  std::size_t first_visible = 1;  // at least 1; none is above n
+  std::size_t rows_a_step = 1;
+  const float* factors = nullptr;     // [n]; none is negative
+  float* sums = nullptr;              // [rows]
+  std::int8_t* codes = nullptr;       // [rows][n]
+  float* scales = nullptr;            // [rows][n / 32]
+  std::int32_t* code_sums = nullptr;  // [rows][n / 32]
+};
+
 /// Rotary position embedding of `heads` heads of one token, in place. Adjacent pairs turn: for i < pairs,
 ///   a = x[2i], b = x[2i+1]
 ///   x[2i]   = fma(a, cosines[2i], b * sines[2i]) * scale

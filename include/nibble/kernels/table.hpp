@@ -108,6 +108,7 @@ struct KernelTable {
   // Transformers.
   void (*rms_norm)(const RmsNormArgs&) noexcept = nullptr;
   void (*softmax)(const SoftmaxArgs&) noexcept = nullptr;
+  void (*softmax_codes)(const SoftmaxCodesArgs&) noexcept = nullptr;
   void (*rope)(const RopeArgs&) noexcept = nullptr;
 
   // Lines of elements.

@@ -209,28 +209,28 @@ class AttentionRun {
   }
 
   void run_split(ThreadPool* pool, std::size_t threads) {
-    const std::size_t parts = ceil_div(4 * threads, items_);
+    // Scores in many parts, so that threads end together; values in few, for a part of them reads that many streams.
+    const std::size_t parts = ceil_div(8 * threads, items_);
+    const std::size_t panels_of_values = ceil_div(head_size_, panel_width);
+    const std::size_t value_parts = std::min(ceil_div(2 * threads, items_), panels_of_values);
     for (std::size_t i = 0; i < items_; ++i) {
       const Slot slot = slot_at(i);
       new (slot.chunks) std::atomic<std::size_t>(parts);
       prepare(list_[i], slot);
     }
-    // `part` of `panels`, in steps that suit the kernels.
-    const auto cut = [&](std::size_t panels, std::size_t part, std::size_t step) {
-      return std::min(panels, round_up(panels * part / parts, step));
-    };
     for_tasks(pool, items_ * parts, [&](std::size_t task, std::size_t) {
       const Item item = list_[task / parts];
       const Slot slot = slot_at(task / parts);
       const std::size_t panels = ceil_div(item.positions, panel_width);
-      scores(item, slot, cut(panels, task % parts, 4), cut(panels, task % parts + 1, 4));
+      const auto cut = [&](std::size_t part) { return std::min(panels, round_up(panels * part / parts, 4)); };
+      scores(item, slot, cut(task % parts), cut(task % parts + 1));
       // Whoever ends last has all scores.
       if (slot.chunks->fetch_sub(1, std::memory_order_acq_rel) == 1) weigh(item, slot);
     });
-    for_tasks(pool, items_ * parts, [&](std::size_t task, std::size_t) {
-      const std::size_t panels = ceil_div(head_size_, panel_width);
-      const std::size_t begin = cut(panels, task % parts, 1), end = cut(panels, task % parts + 1, 1);
-      if (begin < end) values(list_[task / parts], slot_at(task / parts), begin, end);
+    for_tasks(pool, items_ * value_parts, [&](std::size_t task, std::size_t) {
+      const std::size_t part = task % value_parts;
+      values(list_[task / value_parts], slot_at(task / value_parts), panels_of_values * part / value_parts,
+             panels_of_values * (part + 1) / value_parts);
     });
   }
 
@@ -320,21 +320,29 @@ class AttentionRun {
 
   /// Scores to weights, not yet divided by their sum; INT8: times the values' scales, as codes.
   void weigh(const Item& item, const Slot& slot) const noexcept {
-    const bool int8 = cache_of(item).format() == KvFormat::int8;
-    const std::size_t padded = round_up(item.positions, kv_group);
-    SoftmaxArgs args;
+    const std::size_t first = spans_[item.span].past + item.begin + 1;
+    const std::size_t stride = score_stride(item.positions);
+    if (cache_of(item).format() != KvFormat::int8)
+      return kernels_.softmax(
+          {slot.scores, stride, rows_of(item), item.positions, first, shared_, nullptr, slot.sums});
+    SoftmaxCodesArgs args;
     args.x = slot.scores;
-    args.x_stride = score_stride(item.positions);
+    args.x_stride = stride;
     args.rows = rows_of(item);
-    args.n = int8 ? padded : item.positions;
-    args.first_visible = spans_[item.span].past + item.begin + 1;
+    args.n = round_up(item.positions, kv_group);
+    args.first_visible = first;
     args.rows_a_step = shared_;
+    args.factors = cache_of(item).values(layer_, item.head).scales;
     args.sums = slot.sums;
-    if (int8) args.factors = cache_of(item).values(layer_, item.head).scales;
-    kernels_.softmax(args);
-    if (int8)
-      quantize(slot.scores, args.x_stride, args.rows, padded, padded / kv_group, slot.codes, padded, slot.scales,
-               slot.code_sums, slot.block_sums);
+    args.codes = slot.codes;
+    args.scales = slot.scales;
+    args.code_sums = slot.code_sums;
+    kernels_.softmax_codes(args);
+    if (!cache_of(item).exceptional()) return;
+    // The codes have lost a value that is not finite; its scale is NaN.
+    for (std::size_t r = 0; r < args.rows; ++r)
+      for (std::size_t p = 0; p < first + r / shared_; ++p)
+        if (!(args.factors[p] == args.factors[p])) slot.sums[r] = args.factors[p];
   }
 
   /// Dimensions [16 * begin, 16 * end) of the outputs.

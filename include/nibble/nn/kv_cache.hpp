@@ -249,9 +249,10 @@ class KvCache {
   }
   /// put(dimension, code + 128) for one head, one scale for all of it.
   template <class Put>
-  void quantize(const float* x, const detail::KernelTable& kernels, float* scale, const Put& put) const noexcept {
+  void quantize(const float* x, const detail::KernelTable& kernels, float* scale, const Put& put) noexcept {
     const LineScale s = line_scale(kernels.line_range(x, options_.head_size));
     *scale = s.scale;
+    note(s.finite);
     for (std::size_t d = 0; d < options_.head_size; d += 64) {
       std::int8_t codes[64] = {};
       const std::size_t n = options_.head_size - d < 64 ? options_.head_size - d : 64;

@@ -15,6 +15,7 @@ constexpr int gemm_panels_1 = 4;
 constexpr int gemv_panels_1 = 4;
 constexpr int gemv_panels_2 = 2;
 constexpr int gemv_panels_4 = 1;
+constexpr int exp_vectors = 4;  // vectors of exp at once
 constexpr int rows_tall = 6;    // rows of gemm_direct for many, and panels for a few
 constexpr int rows_panels = 2;
 constexpr std::size_t rows_prefetch = 2048;
@@ -41,6 +42,10 @@ NIBBLE_ALWAYS_INLINE Vi set1_int(std::int32_t v) noexcept { return _mm256_set1_e
 // Loads and stores, at any alignment; the _n forms touch the first n < lanes elements only, the others are zero.
 NIBBLE_ALWAYS_INLINE Vf load(const float* p) noexcept { return _mm256_loadu_ps(p); }
 NIBBLE_ALWAYS_INLINE Vf load_n(const float* p, std::size_t n) noexcept { return _mm256_maskload_ps(p, first(n)); }
+// The first n elements, the lanes of `rest` beside them.
+NIBBLE_ALWAYS_INLINE Vf load_n_or(const float* p, std::size_t n, Vf rest) noexcept {
+  return _mm256_blendv_ps(rest, load_n(p, n), _mm256_castsi256_ps(first(n)));
+}
 NIBBLE_ALWAYS_INLINE void store(float* p, Vf v) noexcept { _mm256_storeu_ps(p, v); }
 NIBBLE_ALWAYS_INLINE void store_n(float* p, Vf v, std::size_t n) noexcept { _mm256_maskstore_ps(p, first(n), v); }
 NIBBLE_ALWAYS_INLINE Vi load_int(const void* p) noexcept {
@@ -113,6 +118,9 @@ NIBBLE_ALWAYS_INLINE Vf mul(Vf a, Vf b) noexcept {
 NIBBLE_ALWAYS_INLINE Vf mul_only(Vf a, Vf b) noexcept { return _mm256_mul_ps(a, b); }
 NIBBLE_ALWAYS_INLINE Vf add(Vf a, Vf b) noexcept { return _mm256_add_ps(a, b); }
 NIBBLE_ALWAYS_INLINE Vf sub(Vf a, Vf b) noexcept { return _mm256_sub_ps(a, b); }
+// a * 2^n: not an instruction here; exp takes two products.
+constexpr bool has_scalef = false;
+NIBBLE_ALWAYS_INLINE Vf scalef(Vf a, Vf) noexcept { return a; }
 NIBBLE_ALWAYS_INLINE Vf div(Vf a, Vf b) noexcept { return _mm256_div_ps(a, b); }
 NIBBLE_ALWAYS_INLINE Vf fma(Vf a, Vf b, Vf c) noexcept { return _mm256_fmadd_ps(a, b, c); }
 // a where a < b (a > b), else b: b where either is NaN.

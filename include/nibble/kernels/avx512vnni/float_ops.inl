@@ -15,6 +15,8 @@ constexpr int gemm_panels_1 = 4;
 constexpr int gemv_panels_1 = 4;
 constexpr int gemv_panels_2 = 4;
 constexpr int gemv_panels_4 = 4;
+// Vectors of exp at once: as many chains of 15 dependent operations as registers hold.
+constexpr int exp_vectors = 8;
 constexpr int rows_tall = 12;   // rows of gemm_direct for many, and panels for a few
 constexpr int rows_panels = 4;
 constexpr std::size_t rows_prefetch = 2048;
@@ -39,6 +41,10 @@ NIBBLE_ALWAYS_INLINE Vi set1_int(std::int32_t v) noexcept { return _mm512_set1_e
 NIBBLE_ALWAYS_INLINE Vf load(const float* p) noexcept { return _mm512_loadu_ps(p); }
 NIBBLE_ALWAYS_INLINE Vf load_n(const float* p, std::size_t n) noexcept {
   return _mm512_maskz_loadu_ps(first(n), p);
+}
+// The first n elements, the lanes of `rest` beside them.
+NIBBLE_ALWAYS_INLINE Vf load_n_or(const float* p, std::size_t n, Vf rest) noexcept {
+  return _mm512_mask_loadu_ps(rest, first(n), p);
 }
 NIBBLE_ALWAYS_INLINE void store(float* p, Vf v) noexcept { _mm512_storeu_ps(p, v); }
 NIBBLE_ALWAYS_INLINE void store_n(float* p, Vf v, std::size_t n) noexcept {
@@ -93,6 +99,9 @@ NIBBLE_ALWAYS_INLINE Vf mul(Vf a, Vf b) noexcept {
 NIBBLE_ALWAYS_INLINE Vf mul_only(Vf a, Vf b) noexcept { return _mm512_mul_ps(a, b); }
 NIBBLE_ALWAYS_INLINE Vf add(Vf a, Vf b) noexcept { return _mm512_add_ps(a, b); }
 NIBBLE_ALWAYS_INLINE Vf sub(Vf a, Vf b) noexcept { return _mm512_sub_ps(a, b); }
+// a * 2^n, rounded once; n holds integers.
+constexpr bool has_scalef = true;
+NIBBLE_ALWAYS_INLINE Vf scalef(Vf a, Vf n) noexcept { return _mm512_scalef_ps(a, n); }
 NIBBLE_ALWAYS_INLINE Vf div(Vf a, Vf b) noexcept { return _mm512_div_ps(a, b); }
 NIBBLE_ALWAYS_INLINE Vf fma(Vf a, Vf b, Vf c) noexcept { return _mm512_fmadd_ps(a, b, c); }
 // a where a < b (a > b), else b: b where either is NaN.

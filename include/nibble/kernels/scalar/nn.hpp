@@ -49,6 +49,40 @@ inline void softmax(const SoftmaxArgs& a) noexcept {
   }
 }
 
+inline void softmax_codes(const SoftmaxCodesArgs& a) noexcept {
+  constexpr float reciprocal = 1.0F / 127.0F;
+  for (std::size_t r = 0; r < a.rows; ++r) {
+    const float* x = a.x + r * a.x_stride;
+    const std::size_t visible = a.first_visible + r / a.rows_a_step;
+    float top = -std::numeric_limits<float>::infinity();
+    for (std::size_t i = 0; i < visible; ++i) top = x[i] > top ? x[i] : top;
+    float lane[16] = {};
+    for (std::size_t g = 0; g < a.n / 32; ++g) {
+      float w[32] = {};
+      float highest = 0.0F;
+      for (std::size_t j = 0; j < 32 && 32 * g + j < visible; ++j) {
+        const std::size_t i = 32 * g + j;
+        const float e = exp_reference(rounded(x[i] - top));
+        lane[i % 16] = rounded(lane[i % 16] + e);
+        w[j] = rounded(e * a.factors[i]);
+        if (!(w[j] == w[j])) w[j] = 0.0F;
+        highest = w[j] > highest ? w[j] : highest;
+      }
+      if (highest < 0x1p-100F) highest = 0.0F;
+      const float inverse = highest == 0.0F ? 0.0F : 127.0F / highest;
+      std::int32_t sum = 0;
+      for (std::size_t j = 0; j < 32; ++j) {
+        const auto code = static_cast<std::int8_t>(std::nearbyint(rounded(w[j] * inverse)));
+        a.codes[r * a.n + 32 * g + j] = code;
+        sum += code;
+      }
+      a.scales[r * (a.n / 32) + g] = highest * reciprocal;
+      a.code_sums[r * (a.n / 32) + g] = sum;
+    }
+    a.sums[r] = sum_lanes(lane);
+  }
+}
+
 inline void rope(const RopeArgs& a) noexcept {
   for (std::size_t h = 0; h < a.heads; ++h) {
     float* x = a.x + h * a.head_size;

@@ -15,6 +15,7 @@ NIBBLE_ALWAYS_INLINE Vf exp(Vf x) noexcept {
   p = fma(p, r, set1(C::c2));
   p = fma(p, r, set1(1.0F));
   p = fma(p, r, set1(1.0F));
+  if constexpr (has_scalef) return scalef(p, n);
   const Vi exponent = sub_int(bits(shifted), set1_int(C::magic_bits));
   const Vi half = shift_right_signed<1>(exponent);
   const Vi rest = sub_int(exponent, half);

@@ -14,6 +14,7 @@ constexpr void fill(KernelTable& t) noexcept {
   t.block_sums = &block_sums;
   t.rms_norm = &rms_norm;
   t.softmax = &softmax;
+  t.softmax_codes = &softmax_codes;
   t.rope = &rope;
   t.line_range = &line_range;
   t.quantize_line = &quantize_line;
