@@ -18,6 +18,7 @@ constexpr int gemm_panels_1 = 3;
 constexpr int gemv_panels_1 = 2;
 constexpr int gemv_panels_2 = 1;
 constexpr int gemv_panels_4 = 1;
+constexpr int exp_vectors = 8;  // vectors of exp at once
 constexpr int rows_tall = 4;  // rows of gemm_direct for many, and panels for a few
 constexpr int rows_panels = 2;
 constexpr std::size_t rows_prefetch = 2048;
@@ -49,6 +50,13 @@ NIBBLE_ALWAYS_INLINE void store_bytes(void* p, T v, std::size_t n) noexcept {
 }
 NIBBLE_ALWAYS_INLINE Vf load(const float* p) noexcept { return vld1q_f32(p); }
 NIBBLE_ALWAYS_INLINE Vf load_n(const float* p, std::size_t n) noexcept { return load_bytes<Vf>(p, 4 * n); }
+// The first n elements, the lanes of `rest` beside them.
+NIBBLE_ALWAYS_INLINE Vf load_n_or(const float* p, std::size_t n, Vf rest) noexcept {
+  float staged[4];
+  vst1q_f32(staged, rest);
+  std::memcpy(staged, p, 4 * n);
+  return vld1q_f32(staged);
+}
 NIBBLE_ALWAYS_INLINE void store(float* p, Vf v) noexcept { vst1q_f32(p, v); }
 NIBBLE_ALWAYS_INLINE void store_n(float* p, Vf v, std::size_t n) noexcept { store_bytes(p, v, 4 * n); }
 NIBBLE_ALWAYS_INLINE Vi load_int(const void* p) noexcept { return load_bytes<Vi>(p, 16); }
@@ -96,6 +104,9 @@ NIBBLE_ALWAYS_INLINE Vf mul(Vf a, Vf b) noexcept {
 NIBBLE_ALWAYS_INLINE Vf mul_only(Vf a, Vf b) noexcept { return vmulq_f32(a, b); }
 NIBBLE_ALWAYS_INLINE Vf add(Vf a, Vf b) noexcept { return vaddq_f32(a, b); }
 NIBBLE_ALWAYS_INLINE Vf sub(Vf a, Vf b) noexcept { return vsubq_f32(a, b); }
+// a * 2^n: not an instruction here; exp takes two products.
+constexpr bool has_scalef = false;
+NIBBLE_ALWAYS_INLINE Vf scalef(Vf a, Vf) noexcept { return a; }
 NIBBLE_ALWAYS_INLINE Vf div(Vf a, Vf b) noexcept { return vdivq_f32(a, b); }
 NIBBLE_ALWAYS_INLINE Vf fma(Vf a, Vf b, Vf c) noexcept { return vfmaq_f32(c, a, b); }
 // a where a < b (a > b), else b: b where either is NaN. fmin and fmax would give the NaN.
