@@ -55,4 +55,40 @@ struct Weights4 : Quads4 {
   }
 };
 
+/// One row: 8 k of 16 channels, with 8 bytes of x.
+struct Row8 : Quads8 {
+  static NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* codes, const std::int8_t* x, Int (&acc)[4]) noexcept {
+    const int8x16_t b0 = bytes(int_ops::broadcast4(x));
+    const int8x16_t b1 = bytes(int_ops::broadcast4(x + 4));
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int8x16_t w0 = bytes(int_ops::flip_signs(int_ops::load_int(codes + 16 * v)));
+      const int8x16_t w1 = bytes(int_ops::flip_signs(int_ops::load_int(codes + 64 + 16 * v)));
+      Int low = vpaddlq_s16(vmull_s8(vget_low_s8(w0), vget_low_s8(b0)));
+      Int high = vpaddlq_s16(vmull_high_s8(w0, b0));
+      low = vpadalq_s16(low, vmull_s8(vget_low_s8(w1), vget_low_s8(b1)));
+      high = vpadalq_s16(high, vmull_high_s8(w1, b1));
+      acc[v] = int_ops::add(acc[v], vpaddq_s32(low, high));
+    }
+  }
+};
+struct Row4 : Quads4 {
+  static NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* codes, const std::int8_t* x, Int (&acc)[4]) noexcept {
+    const int8x16_t b0 = bytes(int_ops::broadcast4(x));
+    const int8x16_t b1 = bytes(int_ops::broadcast4(x + 4));
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Int both = int_ops::load_int(codes + 16 * v);
+      const int8x16_t w0 = bytes(int_ops::low_nibbles(both));
+      const int8x16_t w1 = bytes(int_ops::high_nibbles(both));
+      int16x8_t low = vmull_s8(vget_low_s8(w0), vget_low_s8(b0));
+      int16x8_t high = vmull_high_s8(w0, b0);
+      low = vmlal_s8(low, vget_low_s8(w1), vget_low_s8(b1));
+      high = vmlal_high_s8(high, w1, b1);
+      // Neighbouring sums of two products fit int16 as well: 4 * 15 * 128.
+      acc[v] = vpadalq_s16(acc[v], vpaddq_s16(low, high));
+    }
+  }
+};
+
 }  // namespace dots

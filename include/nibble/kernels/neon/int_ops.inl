@@ -14,6 +14,10 @@ NIBBLE_ALWAYS_INLINE Int load_int(const void* p) noexcept {
 NIBBLE_ALWAYS_INLINE void store_int(void* p, Int v) noexcept {
   vst1q_u8(static_cast<std::uint8_t*>(p), vreinterpretq_u8_s32(v));
 }
+/// The low eight bytes; zeros above.
+NIBBLE_ALWAYS_INLINE Int load_half_int(const void* p) noexcept {
+  return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(static_cast<const std::uint8_t*>(p)), vdup_n_u8(0)));
+}
 /// Four bytes from an address of any alignment, to every lane.
 NIBBLE_ALWAYS_INLINE Int broadcast4(const void* p) noexcept {
   std::int32_t v;

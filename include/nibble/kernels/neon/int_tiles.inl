@@ -1,5 +1,5 @@
 // The loops of AArch64's integer kernels, over a tier's dots: two rows x eight channels x 32 k at a time, the weights of
-// 8 channels x 32 k stationary in 16 registers while up to 32 rows pass. Included by the tiers' table.hpp, in their regions.
+// 8 channels x 32 k stationary in 16 registers while up to 32 rows pass. One row alone streams two panels. Included by the tiers' table.hpp, in their regions.
 //
 // A tier's `dots` says how four registers hold the results of two rows x eight channels:
 //   spread(v0, v1, out)  a number of each row: out[i / 2] is for register i
@@ -7,6 +7,7 @@
 //   rows_of(acc, out)  back to out[row][channels 0-3, 4-7]
 //   pack_x(x0, x1, out)  32 k of two rows to 64 bytes
 //   Weights8, Weights4: bias (what the multiplier's byte is larger by than the code), load(codes) and products(x, acc)
+//   Row8, Row4: the same for one row: unit(codes, x, acc) adds 8 k of 16 channels
 
 namespace int_tiles {
 
@@ -211,7 +212,6 @@ inline void rows_by_panels(const IntGemmArgs& a, std::size_t row0, std::size_t r
   pass.x = x;
   pass.rows = &values;
   const PanelView& w = a.w;
-  if (a.raw != nullptr && w.groups == 0) return;
   const Start first = w.symmetry == Symmetry::asymmetric ? Start::multiplied : Start::shifted;
   const bool has_offset = w.symmetry == Symmetry::float_offset;
   const End last = a.raw != nullptr        ? End::partial
@@ -260,13 +260,95 @@ inline void rows_by_panels(const IntGemmArgs& a, std::size_t row0, std::size_t r
   }
 }
 
-template <class Weights>
+// ---- one row -----------------------------------------------------------------------------------------------------
+
+/// One row by Panels panels over the whole of k, all sums in registers, each weight unpacked where it is used.
+template <class Row, int Panels>
+inline void stream(const IntGemmArgs& a, std::size_t panel0) noexcept {
+  constexpr int width = 4 * Panels;
+  const PanelView& w = a.w;
+  const std::uint8_t* codes[Panels];
+  std::size_t params[Panels];
+  Float acc[width];
+#pragma GCC unroll 8
+  for (int i = 0; i < width; ++i) acc[i] = int_ops::zero_float();
+#pragma GCC unroll 2
+  for (int p = 0; p < Panels; ++p) {
+    const int_params::Panel panel = int_params::panel_at(a, panel0 + static_cast<std::size_t>(p));
+    codes[p] = panel.codes;
+    params[p] = panel.param;
+  }
+  const std::uint32_t factor = static_cast<std::uint32_t>(Row::bias) +
+                               (w.symmetry == Symmetry::symmetric ? static_cast<std::uint32_t>(Row::zero) : 0U);
+  const std::size_t out = (panel0 - a.panel_begin) * panel_width;
+  std::int32_t* const raw = a.raw;
+  const bool plain = a.x_scales == nullptr && w.symmetry != Symmetry::float_offset;
+  const bool fp16 = w.scale_type == ScaleType::fp16;
+  const auto* half_scales = static_cast<const std::uint16_t*>(w.scales);
+  const std::int8_t* x = a.x;
+  for (std::size_t g = 0; g < w.groups; ++g) {
+    const Int sum = int_ops::set_int(a.x_sums[g]);
+    const Int start =
+        int_ops::set_int(static_cast<std::int32_t>(0U - factor * static_cast<std::uint32_t>(a.x_sums[g])));
+    const std::size_t at = int_params::param_offset(a, g);
+    Int d[Panels][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i)
+      d[i / 4][i % 4] =
+          w.symmetry == Symmetry::asymmetric
+              ? int_ops::sub(start, int_ops::mul(sum, int_ops::widen_s8(static_cast<const std::int8_t*>(w.zeros) +
+                                                                        params[i / 4] + at + i % 4 * 4)))
+              : start;
+    for (std::size_t units = int_params::group_units(w, g); units != 0; --units, x += k_unit) {
+#pragma GCC unroll 2
+      for (int p = 0; p < Panels; ++p) {
+        for (std::size_t line = 0; line < Row::unit_bytes; line += 64)
+          int_ops::prefetch(
+              reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(codes[p]) + line + prefetch_bytes));
+        Row::unit(codes[p], x, d[p]);
+        codes[p] += Row::unit_bytes;
+      }
+    }
+    if (raw != nullptr) {
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) int_ops::store_int(raw + out + 4 * i, d[i / 4][i % 4]);
+      return;
+    }
+    if (plain && fp16) {
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i)
+        acc[i] = int_ops::fma(int_ops::load_half(half_scales + params[i / 4] + at + i % 4 * 4),
+                              int_ops::to_float(d[i / 4][i % 4]), acc[i]);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      const std::size_t param = params[i / 4] + at + i % 4 * 4;
+      const Float scale = int_params::load_scale(w, param);
+      if (plain)
+        acc[i] = int_ops::fma(scale, int_ops::to_float(d[i / 4][i % 4]), acc[i]);
+      else
+        acc[i] = int_params::finish(a, scale, int_params::load_offset(w, param), d[i / 4][i % 4], g, acc[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < width; ++i) int_ops::store_float(a.acc + out + 4 * i, acc[i]);
+}
+
+template <class Weights, class Row>
 NIBBLE_ALWAYS_INLINE void gemm(const IntGemmArgs& a) noexcept {
+  if (a.raw != nullptr && a.w.groups == 0) return;
+  if (a.rows == 1) {
+    std::size_t p = a.panel_begin;
+    for (; p + 2 <= a.panel_end; p += 2) stream<Row, 2>(a, p);
+    if (p < a.panel_end) stream<Row, 1>(a, p);
+    return;
+  }
   for (std::size_t row0 = 0; row0 < a.rows; row0 += row_block)
     rows_by_panels<Weights>(a, row0, a.rows - row0 < row_block ? a.rows - row0 : row_block);
 }
 
 }  // namespace int_tiles
 
-inline void gemm_w8a8(const IntGemmArgs& a) noexcept { int_tiles::gemm<dots::Weights8>(a); }
-inline void gemm_w4a8(const IntGemmArgs& a) noexcept { int_tiles::gemm<dots::Weights4>(a); }
+inline void gemm_w8a8(const IntGemmArgs& a) noexcept { int_tiles::gemm<dots::Weights8, dots::Row8>(a); }
+inline void gemm_w4a8(const IntGemmArgs& a) noexcept { int_tiles::gemm<dots::Weights4, dots::Row4>(a); }

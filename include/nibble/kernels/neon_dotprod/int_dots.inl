@@ -37,4 +37,27 @@ struct Weights : Quads {
 using Weights8 = Weights<Quads8>;
 using Weights4 = Weights<Quads4>;
 
+/// One row: 8 k of 16 channels, with 8 bytes of x.
+struct Row8 : Quads8 {
+  static NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* codes, const std::int8_t* x, Int (&acc)[4]) noexcept {
+    const Int b = int_ops::load_half_int(x);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      dot<0>(acc[v], int_ops::flip_signs(int_ops::load_int(codes + 16 * v)), b);
+      dot<1>(acc[v], int_ops::flip_signs(int_ops::load_int(codes + 64 + 16 * v)), b);
+    }
+  }
+};
+struct Row4 : Quads4 {
+  static NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* codes, const std::int8_t* x, Int (&acc)[4]) noexcept {
+    const Int b = int_ops::load_half_int(x);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Int both = int_ops::load_int(codes + 16 * v);
+      dot<0>(acc[v], int_ops::low_nibbles(both), b);
+      dot<1>(acc[v], int_ops::high_nibbles(both), b);
+    }
+  }
+};
+
 }  // namespace dots

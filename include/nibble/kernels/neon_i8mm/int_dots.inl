@@ -5,8 +5,7 @@
 // panels. Sums stay [channel 0: rows 0, 1 | channel 1: rows 0, 1] up to the end, parameters are doubled instead. Port
 // arithmetic for 2 rows x 8 channels x 32 k: 16 usmmla, 4 cvt, 4 FMA (groups of 32), 8 loads and 4 stores: on two vector
 // pipes (Neoverse N2) 12 cycles for 512 MAC, 43 a cycle of 64; with one group 16 usmmla, 8 cycles, which the 8 loads (two
-// or three a cycle) and 4 stores just fill. usdot would need 32 for the same sums, and one row wastes half of usmmla and
-// so takes as many as usdot. fp32 FMA does 8 MAC a cycle. Never run on silicon; correct under qemu 7.2 (2026-11-23).
+// or three a cycle) and 4 stores just fill. usdot would need 32 for the same sums. One row alone takes usdot: half of usmmla would be wasted. fp32 FMA does 8 MAC a cycle. Never run on silicon; correct under qemu 7.2 (2026-11-23).
 
 namespace dots {
 
@@ -76,5 +75,28 @@ struct Weights {
 };
 using Weights8 = Weights<int_params::Codes8>;
 using Weights4 = Weights<int_params::Codes4>;
+
+/// acc += w . x over each lane's four bytes, w unsigned, for lane Lane of x.
+template <int Lane>
+NIBBLE_ALWAYS_INLINE void dot(Int& acc, Int w, Int x) noexcept {
+  asm("usdot %0.4s, %1.16b, %2.4b[%c3]" : "+w"(acc) : "w"(w), "w"(x), "i"(Lane));
+}
+
+/// One row: 8 k of 16 channels, with 8 bytes of x.
+template <class Codes>
+struct Row : Weights<Codes> {
+  static NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* codes, const std::int8_t* x, Int (&acc)[4]) noexcept {
+    const Int b = int_ops::load_half_int(x);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Int first = int_ops::load_int(codes + 16 * v);
+      const bool nibbles = Codes::unit_bytes == 64;
+      dot<0>(acc[v], nibbles ? int_ops::low_nibbles(first) : first, b);
+      dot<1>(acc[v], nibbles ? int_ops::high_nibbles(first) : int_ops::load_int(codes + 64 + 16 * v), b);
+    }
+  }
+};
+using Row8 = Row<int_params::Codes8>;
+using Row4 = Row<int_params::Codes4>;
 
 }  // namespace dots
