@@ -268,15 +268,14 @@ inline void stream(const IntGemmArgs& a, std::size_t panel0) noexcept {
   constexpr int width = 4 * Panels;
   const PanelView& w = a.w;
   const std::uint8_t* codes[Panels];
-  std::size_t params[Panels];
+  std::size_t params[width];  // of each register's channels
   Float acc[width];
 #pragma GCC unroll 8
-  for (int i = 0; i < width; ++i) acc[i] = int_ops::zero_float();
-#pragma GCC unroll 2
-  for (int p = 0; p < Panels; ++p) {
-    const int_params::Panel panel = int_params::panel_at(a, panel0 + static_cast<std::size_t>(p));
-    codes[p] = panel.codes;
-    params[p] = panel.param;
+  for (std::size_t i = 0; i < width; ++i) {
+    const int_params::Panel panel = int_params::panel_at(a, panel0 + i / 4);
+    codes[i / 4] = panel.codes;
+    params[i] = panel.param + i % 4 * 4;
+    acc[i] = int_ops::zero_float();
   }
   const std::uint32_t factor = static_cast<std::uint32_t>(Row::bias) +
                                (w.symmetry == Symmetry::symmetric ? static_cast<std::uint32_t>(Row::zero) : 0U);
@@ -297,7 +296,7 @@ inline void stream(const IntGemmArgs& a, std::size_t panel0) noexcept {
       d[i / 4][i % 4] =
           w.symmetry == Symmetry::asymmetric
               ? int_ops::sub(start, int_ops::mul(sum, int_ops::widen_s8(static_cast<const std::int8_t*>(w.zeros) +
-                                                                        params[i / 4] + at + i % 4 * 4)))
+                                                                        params[i] + at)))
               : start;
     for (std::size_t units = int_params::group_units(w, g); units != 0; --units, x += k_unit) {
 #pragma GCC unroll 2
@@ -317,13 +316,13 @@ inline void stream(const IntGemmArgs& a, std::size_t panel0) noexcept {
     if (plain && fp16) {
 #pragma GCC unroll 8
       for (int i = 0; i < width; ++i)
-        acc[i] = int_ops::fma(int_ops::load_half(half_scales + params[i / 4] + at + i % 4 * 4),
-                              int_ops::to_float(d[i / 4][i % 4]), acc[i]);
+        acc[i] = int_ops::fma(int_ops::load_half(half_scales + params[i] + at), int_ops::to_float(d[i / 4][i % 4]),
+                              acc[i]);
       continue;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i) {
-      const std::size_t param = params[i / 4] + at + i % 4 * 4;
+      const std::size_t param = params[i] + at;
       const Float scale = int_params::load_scale(w, param);
       if (plain)
         acc[i] = int_ops::fma(scale, int_ops::to_float(d[i / 4][i % 4]), acc[i]);
