@@ -33,6 +33,8 @@ struct ActivationView {
   const std::int8_t* codes = nullptr;  // [tokens][stride], zero from k on
   std::size_t stride = 0;
   const std::int32_t* block_sums = nullptr;  // [tokens][stride / 16]
+  const std::int32_t* group_sums = nullptr;  // [tokens][ceil(inputs / sum_group)]
+  std::size_t sum_group = 0;                 // inputs of one of these: group_size, the usual one where that is 0
   const float* scales = nullptr;             // [tokens][groups]
   const float* zeros = nullptr;              // [tokens] or nullptr: symmetric
   std::size_t tokens = 0;
@@ -88,6 +90,7 @@ class QuantizedActivations {
         for (std::size_t r = first; r < first + rows; ++r) zeros_[r] = static_cast<float>(integer_zeros_[r]);
       }
       kernels.block_sums(codes, rows * view_.stride, sums_ + first * view_.stride / 16);
+      sum_groups(first, rows);
     };
     detail::for_tasks(pool, detail::ceil_div(view_.tokens, rows_a_task), task);
   }
@@ -109,6 +112,7 @@ class QuantizedActivations {
       integer_zeros_[r] = zero_point;
     }
     detail::kernels().block_sums(codes_, view_.tokens * view_.stride, sums_);
+    sum_groups(0, view_.tokens);
   }
 
   Eigen::Index inputs() const noexcept { return static_cast<Eigen::Index>(view_.inputs); }
@@ -156,6 +160,23 @@ class QuantizedActivations {
     kernels.quantize_rows(args);
   }
 
+  /// group_sums of some tokens, out of their block_sums; codes past the inputs are zero.
+  void sum_groups(std::size_t first, std::size_t rows) noexcept {
+    const std::size_t blocks = view_.sum_group / 16;
+    const std::size_t count = detail::ceil_div(view_.inputs, view_.sum_group);
+    const std::size_t all = view_.stride / 16;
+    for (std::size_t r = first; r < first + rows; ++r) {
+      const std::int32_t* in = sums_ + r * all;
+      std::int32_t* out = group_sums_ + r * count;
+      for (std::size_t g = 0; g < count; ++g) {
+        const std::size_t stop = std::min((g + 1) * blocks, all);
+        std::int32_t sum = 0;
+        for (std::size_t b = g * blocks; b < stop; ++b) sum += in[b];
+        out[g] = sum;
+      }
+    }
+  }
+
   void resize(Eigen::Index inputs, Eigen::Index tokens, bool symmetric, std::size_t group_size) {
     const auto m = static_cast<std::size_t>(tokens);
     const auto k = static_cast<std::size_t>(inputs);
@@ -164,6 +185,8 @@ class QuantizedActivations {
     detail::ScratchPlan plan;
     const std::size_t codes = plan.add(m, stride);
     const std::size_t sums = plan.add(m, stride / 16 * sizeof(std::int32_t));
+    const std::size_t sum_group = group_size == 0 ? default_group : group_size;
+    const std::size_t group_sums = plan.add(m, detail::ceil_div(k, sum_group) * sizeof(std::int32_t));
     const std::size_t groups = group_size == 0 ? 1 : detail::ceil_div(k, group_size);
     const std::size_t scales = plan.add(m, groups * sizeof(float));
     const std::size_t zeros = plan.add(m, sizeof(float));
@@ -171,15 +194,18 @@ class QuantizedActivations {
     std::uint8_t* base = memory_.take(plan.total());
     codes_ = reinterpret_cast<std::int8_t*>(base + codes);
     sums_ = reinterpret_cast<std::int32_t*>(base + sums);
+    group_sums_ = reinterpret_cast<std::int32_t*>(base + group_sums);
     scales_ = reinterpret_cast<float*>(base + scales);
     zeros_ = reinterpret_cast<float*>(base + zeros);
     integer_zeros_ = reinterpret_cast<std::int32_t*>(base + integer_zeros);
-    view_ = {codes_, stride, sums_, scales_, symmetric ? nullptr : zeros_, m, k, group_size, groups};
+    view_ = {codes_, stride, sums_,      group_sums_, sum_group, scales_, symmetric ? nullptr : zeros_,
+             m,      k,      group_size, groups};
   }
 
   Workspace memory_;
   std::int8_t* codes_ = nullptr;
   std::int32_t* sums_ = nullptr;
+  std::int32_t* group_sums_ = nullptr;
   float* scales_ = nullptr;
   float* zeros_ = nullptr;
   std::int32_t* integer_zeros_ = nullptr;

@@ -85,6 +85,7 @@ class IntJob {
       view_.group_size = x.group_size;
       view_.groups = x.groups;
     }
+    finished_ = out.floats != nullptr && x.group_size != 0 && x.zeros == nullptr && epilogue.steps() == 0;
     const std::size_t panels = w.panels();
     block_ = std::min(x.tokens, max_block);
     // A tile of accumulators fits the L1 cache beside what feeds it.
@@ -104,21 +105,27 @@ class IntJob {
   std::size_t tasks() const noexcept { return panel_tasks_ * token_tasks_; }
   /// Floats of scratch that a task needs for itself.
   std::size_t tile_size() const noexcept { return block_ * chunk_ * panel_width; }
-  /// int32 that the group sums take, shared by all tasks.
-  std::size_t sums_size() const noexcept { return x_.tokens * view_.groups; }
+  /// int32 that the group sums take, shared by all tasks; 0 where the activations bring them.
+  std::size_t sums_size() const noexcept { return brings_sums() ? 0 : x_.tokens * view_.groups; }
 
   /// Sums of the activations over the weights' groups; before any task.
   void sum_groups(std::int32_t* sums) noexcept {
-    sums_ = sums;
+    sums_ = brings_sums() ? x_.group_sums : sums;
+    if (brings_sums()) return;
     const std::size_t blocks = x_.stride / 16;
     for (std::size_t t = 0; t < x_.tokens; ++t) {
       const std::int32_t* in = x_.block_sums + t * blocks;
       for (std::size_t g = 0; g < view_.groups; ++g) {
         const std::size_t begin = g * view_.group_size;
         const std::size_t end = std::min(begin + view_.group_size, view_.k);
-        std::int32_t sum = 0;
-        for (std::size_t b = begin / 16; b < ceil_div(end, 16); ++b) sum += in[b];
-        sums[t * view_.groups + g] = sum;
+        // Four chains: the compiler may not take any, and a sum over the whole of k is long.
+        std::int32_t sum[4] = {0, 0, 0, 0};
+        std::size_t b = begin / 16;
+        const std::size_t stop = ceil_div(end, 16);
+        for (; b + 4 <= stop; b += 4)
+          for (std::size_t i = 0; i < 4; ++i) sum[i] += in[b + i];
+        for (; b < stop; ++b) sum[0] += in[b];
+        sums[t * view_.groups + g] = sum[0] + sum[1] + sum[2] + sum[3];
       }
     }
   }
@@ -142,15 +149,19 @@ class IntJob {
       args.sums_stride = view_.groups;
       if (x_.group_size != 0) args.x_scales = x_.scales + t * view_.groups;
       args.rows = std::min(block_, token_end - t);
-      args.acc = tile;
-      args.acc_stride = (panel_end - panel_begin) * panel_width;
+      // Nothing is left to be done to the sums: the kernel puts them where they belong.
+      const bool direct = finished_ && channels == (panel_end - panel_begin) * panel_width;
+      args.acc = direct ? out_.floats + t * out_.stride + channel : tile;
+      args.acc_stride = direct ? out_.stride : (panel_end - panel_begin) * panel_width;
       if (out_.raw != nullptr) args.raw = reinterpret_cast<std::int32_t*>(tile);
       if (view_.groups == 0)  // k is 0: the sums are empty
-        std::memset(tile, 0, args.rows * args.acc_stride * sizeof(float));
+        for (std::size_t r = 0; r < args.rows; ++r)
+          std::memset(args.acc + r * args.acc_stride, 0, (panel_end - panel_begin) * panel_width * sizeof(float));
       else if (view_.format == Format::int8)
         kernels_->gemm_w8a8(args);
       else
         kernels_->gemm_w4a8(args);
+      if (direct) continue;
       if (out_.raw != nullptr) {
         for (std::size_t r = 0; r < args.rows; ++r)
           std::memcpy(out_.raw + (t + r) * out_.stride + channel, args.raw + r * args.acc_stride,
@@ -164,6 +175,8 @@ class IntJob {
   }
 
  private:
+  bool brings_sums() const noexcept { return view_.group_size == x_.sum_group; }
+
   static constexpr std::size_t max_block = 64;
   static constexpr std::size_t tile_floats = 8192;
 
@@ -175,6 +188,7 @@ class IntJob {
   Output out_;
   const std::int32_t* sums_ = nullptr;
   unsigned group_shift_ = 0;
+  bool finished_ = false;  // the kernel's sums are the outputs
   std::size_t block_ = 0;
   std::size_t chunk_ = 0;
   std::size_t panel_tasks_ = 0;

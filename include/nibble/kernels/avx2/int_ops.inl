@@ -72,6 +72,13 @@ NIBBLE_ALWAYS_INLINE void add_dot16(Int& acc16, Int u8, Int s8) noexcept {
       : "+x"(acc16), "+x"(s8)
       : "x"(u8));
 }
+/// The same where s8 is needed again.
+NIBBLE_ALWAYS_INLINE void add_dot16_kept(Int& acc16, Int u8, Int s8) noexcept {
+  Int t;
+  asm("{vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0|vpmaddubsw %1, %2, %3\n\tvpaddw %0, %0, %1}"
+      : "+x"(acc16), "=&x"(t)
+      : "x"(u8), "x"(s8));
+}
 /// Sums of neighbouring int16, int32.
 NIBBLE_ALWAYS_INLINE Int pair_sums(Int s16) noexcept { return _mm256_madd_epi16(s16, _mm256_set1_epi16(1)); }
 /// acc += a . b over pairs of int16.

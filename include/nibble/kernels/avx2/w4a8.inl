@@ -1,13 +1,14 @@
 // INT4 weights x INT8 activations on AVX2.
 //
-// u4 x s8 by maddubs, eight products summed in int16 (at most 30,720) before they are widened. Up to 4 rows:
-// streaming tiles, 1 row x 2 panels or 2 rows x 1 panel, each weight unpacked where it is used. From 5 on: weights
-// stationary, 8 channels x 32 k in 8 registers while up to 64 rows pass. Port arithmetic, stationary, for one row,
-// 32 k and 8 channels: 8 maddubs, 7 paddw, madd, the start value's 2, cvt and FMA = 20 operations on four pipes,
-// 10 loads on two: 5 cycles for 256 MAC, 1.6 x the bound of the pmaddwd loop, whose 4 operations do 32. Measured,
-// Zen 5 (EPYC, 3.7 GHz), one core, 2026-11-23, N = K = 4096, the pmaddwd loop 212 GOP/s, maddubs + paddw 415:
-// groups of 32 symmetric: M = 512 285-300, 64 290-302, 16 280-294, 8 247-263, 4 223, 1 178-189 (50-53 GB/s, L3);
-// asymmetric 270, float offset 270; groups of 128: M = 512 347. M = 1 from DRAM (16384 x 8192): 33 GB/s.
+// u4 x s8 by maddubs, eight products summed in int16 (at most 30,720) before they are widened. Up to 4 rows: 1 or 2
+// rows x one panel after the other, each weight unpacked where it is used; memory then sees one sequential stream. From
+// 5 on: weights stationary, 8 channels x 32 k in 8 registers while up to 64 rows pass. Port arithmetic, stationary, for
+// one row, 32 k and 8 channels: 8 maddubs, 7 paddw, madd, the start value's 2, cvt and FMA = 20 operations on four
+// pipes, 10 loads on two: 5 cycles for 256 MAC, 1.6 x the bound of the pmaddwd loop, whose 4 operations do 32. Measured,
+// Zen 5 (EPYC), one core, 2026-11-23, N = K = 4096, the pmaddwd loop 212 GOP/s, maddubs + paddw 415: groups of 32
+// symmetric: M = 512 285-300, 64 274-302, 16 280-294, 8 218-263, 4 223, 2 222, 1 181-200 (50-57 GB/s, L3); asymmetric
+// 270, float offset 270; groups of 128: M = 512 347. M = 1 from DRAM (16384 x 8192): 37 GB/s, 39 with offsets and scales
+// of x, where the best read loop does 38 and 38; 36 over the 210 matrices of a small language model (read loop 39).
 
 namespace w4a8 {
 
@@ -20,6 +21,8 @@ inline constexpr std::size_t panel_block = 4;
 inline constexpr std::size_t few_rows = row_block / panel_block;  // up to here, panels go in blocks
 inline constexpr std::size_t stream_rows = 4;
 inline constexpr std::size_t prefetch_bytes = 2048;
+inline constexpr std::size_t stream_prefetch = 8192;
+inline constexpr std::size_t param_prefetch = 1024;
 
 // From -2^shift * S, from -zero * S, or from what the group has so far.
 enum class Start { shifted, multiplied, partial };
@@ -222,122 +225,155 @@ inline void block(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noex
 
 // ---- stream ----------------------------------------------------------------------------------------------------
 
-/// Rows x Panels over the whole of k, float accumulators in registers.
-template <int Rows, int Panels>
-inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel0) noexcept {
-  constexpr int halves = 2 * Panels;
-  const bool plain = a.raw == nullptr && a.x_scales == nullptr;
-  const Int shift = int_params::bias_shift<Codes4>(a.w.symmetry);
-  int_params::Panel panel[Panels];
-  Float acc[Rows][halves];
+/// Rows x one panel over the whole of k, float accumulators in registers. `plain`: fp16 scales, no integer zero points,
+/// groups of whole 32.
+template <int Rows, End end, bool plain>
+inline void stream(const IntGemmArgs& a, std::size_t row0, std::size_t panel_index) noexcept {
+  constexpr bool has_offset = end == End::offset || end == End::x_offset;
+  constexpr bool scaled_x = end == End::x_scale || end == End::x_offset;
+  const PanelView& w = a.w;
+  const bool asymmetric = !plain && w.symmetry == Symmetry::asymmetric;
+  const bool fp32 = !plain && w.scale_type == ScaleType::fp32;
+  const bool raw = !plain && a.raw != nullptr;
+  const Int shift = int_params::bias_shift<Codes4>(w.symmetry);
+  const int_params::Panel panel = int_params::panel_at(a, panel_index);
+  const std::uint8_t* codes = panel.codes;
+  Float acc[Rows][2];
 #pragma GCC unroll 4
-  for (int p = 0; p < Panels; ++p) panel[p] = int_params::panel_at(a, panel0 + static_cast<std::size_t>(p));
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int h = 0; h < halves; ++h) acc[r][h] = int_ops::zero_float();
-  }
+  for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = int_ops::zero_float();
   const std::int8_t* x = a.x + row0 * a.x_stride;
-  const std::size_t out = row0 * a.acc_stride + (panel0 - a.panel_begin) * panel_width;
-  std::size_t offset = 0;  // into codes
-  for (std::size_t g = 0; g < a.w.groups; ++g) {
-    Int d[Rows][halves];
+  const std::int32_t* sums = a.x_sums + row0 * a.sums_stride;
+  const float* x_scales = scaled_x ? a.x_scales + row0 * a.sums_stride : nullptr;
+  const std::size_t out = row0 * a.acc_stride + (panel_index - a.panel_begin) * panel_width;
+  const auto load_param = [&](const void* base, std::size_t index) {
+    return fp32 ? int_ops::load_float(static_cast<const float*>(base) + index)
+                : int_ops::load_half(static_cast<const std::uint16_t*>(base) + index);
+  };
+  for (std::size_t g = 0; g < w.groups; ++g) {
+    const std::size_t param = panel.param + int_params::param_offset(a, g);
+    if (g % 2 == 0 && !raw) {
+      const std::size_t ahead = param * (fp32 ? 4 : 2) + param_prefetch;
+      int_ops::prefetch(static_cast<const char*>(w.scales) + ahead);
+      if (has_offset) int_ops::prefetch(static_cast<const char*>(w.zeros) + ahead);
+    }
+    Int d[Rows][2];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      const std::int32_t* sum = a.x_sums + (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g;
-#pragma GCC unroll 4
-      for (int h = 0; h < halves; ++h) {
-        const std::size_t param =
-            panel[h / 2].param + int_params::param_offset(a, g) + static_cast<std::size_t>(h % 2 * 8);
-        d[r][h] = a.w.symmetry == Symmetry::asymmetric
-                      ? int_params::start_multiplied(sum, int_params::total_zero<Codes4>(a.w, param))
-                      : int_params::start_shifted(sum, shift);
+      const std::int32_t* sum = sums + static_cast<std::size_t>(r) * a.sums_stride + g;
+      if (asymmetric) {
+        d[r][0] = int_params::start_multiplied(sum, int_params::total_zero<Codes4>(w, param));
+        d[r][1] = int_params::start_multiplied(sum, int_params::total_zero<Codes4>(w, param + 8));
+      } else {
+        d[r][0] = d[r][1] = int_params::start_shifted(sum, shift);
       }
     }
-    for (std::size_t units = int_params::group_units(a.w, g); units != 0;) {
-      Int d16[Rows][halves];
+    for (std::size_t units = plain ? w.group_size / k_unit : int_params::group_units(w, g); units != 0;) {
+      Int d16[Rows][2];
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-        for (int h = 0; h < halves; ++h) d16[r][h] = int_ops::zero_int();
-      }
-      std::size_t n = units < 4 ? units : 4;
-      units -= n;
-      for (; n != 0; --n, offset += Codes4::unit_bytes, x += k_unit) {
+      for (int r = 0; r < Rows; ++r) d16[r][0] = d16[r][1] = int_ops::zero_int();
+      const auto unit = [&] {
+        int_ops::prefetch(codes + stream_prefetch);
         Int b[Rows][2];
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
           b[r][0] = int_ops::broadcast4(x + static_cast<std::size_t>(r) * a.x_stride);
           b[r][1] = int_ops::broadcast4(x + static_cast<std::size_t>(r) * a.x_stride + 4);
         }
-#pragma GCC unroll 4
-        for (int h = 0; h < halves; ++h) {
-          const std::uint8_t* at = panel[h / 2].codes + offset + h % 2 * 32;
-          if (h % 2 == 0) int_ops::prefetch(at + prefetch_bytes);
-          const Int both = int_ops::load_codes(at);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          const Int both = int_ops::load_codes(codes + 32 * h);
           const Int low = int_ops::low_nibbles(both);
           const Int high = int_ops::high_nibbles(both);
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) {
-            int_ops::add_dot16(d16[r][h], low, b[r][0]);
-            int_ops::add_dot16(d16[r][h], high, b[r][1]);
+            int_ops::add_dot16_kept(d16[r][h], low, b[r][0]);
+            int_ops::add_dot16_kept(d16[r][h], high, b[r][1]);
           }
         }
+        codes += Codes4::unit_bytes;
+        x += k_unit;
+      };
+      if (plain || units >= 4) {
+        unit();
+        unit();
+        unit();
+        unit();
+        units -= 4;
+      } else {
+        for (; units != 0; --units) unit();
       }
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-        for (int h = 0; h < halves; ++h) d[r][h] = int_ops::add(d[r][h], int_ops::pair_sums(d16[r][h]));
+        d[r][0] = int_ops::add(d[r][0], int_ops::pair_sums(d16[r][0]));
+        d[r][1] = int_ops::add(d[r][1], int_ops::pair_sums(d16[r][1]));
       }
     }
-#pragma GCC unroll 4
-    for (int h = 0; h < halves; ++h) {
-      const std::size_t param =
-          panel[h / 2].param + int_params::param_offset(a, g) + static_cast<std::size_t>(h % 2 * 8);
+    if (raw) {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const std::size_t sum_index = (row0 + static_cast<std::size_t>(r)) * a.sums_stride + g;
-        if (a.raw != nullptr) {
-          int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride + h * 8, d[r][h]);
-          continue;
-        }
-        const Float scale = int_params::load_scale(a.w, param);
-        if (plain && a.w.symmetry != Symmetry::float_offset)
-          acc[r][h] = int_ops::fma(scale, int_ops::to_float(d[r][h]), acc[r][h]);
-        else
-          acc[r][h] =
-              int_params::finish(a, scale, int_params::load_offset(a.w, param), d[r][h], sum_index, acc[r][h]);
+        int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride, d[r][0]);
+        int_ops::store_int(a.raw + out + static_cast<std::size_t>(r) * a.acc_stride + 8, d[r][1]);
+      }
+      return;
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const std::size_t at = param + static_cast<std::size_t>(h * 8);
+      const Float scale = load_param(w.scales, at);
+      const Float offset = has_offset ? load_param(w.zeros, at) : int_ops::zero_float();
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const std::size_t index = static_cast<std::size_t>(r) * a.sums_stride + g;
+        const Float sum =
+            has_offset ? int_ops::to_float(int_ops::broadcast4(sums + index)) : int_ops::zero_float();
+        const Float dots = int_ops::to_float(d[r][h]);
+        Float f = scaled_x ? int_ops::mul(scale, dots) : int_ops::fma(scale, dots, acc[r][h]);
+        if (has_offset) f = int_ops::fma(offset, sum, f);
+        if (scaled_x) f = int_ops::fma(int_ops::set_float(x_scales[index]), f, acc[r][h]);
+        acc[r][h] = f;
       }
     }
   }
-  if (a.raw != nullptr) return;
+  if (raw) return;
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int h = 0; h < halves; ++h)
-      int_ops::store_float(a.acc + out + static_cast<std::size_t>(r) * a.acc_stride + h * 8, acc[r][h]);
+    int_ops::store_float(a.acc + out + static_cast<std::size_t>(r) * a.acc_stride, acc[r][0]);
+    int_ops::store_float(a.acc + out + static_cast<std::size_t>(r) * a.acc_stride + 8, acc[r][1]);
   }
+}
+
+/// Up to stream_rows rows, one panel after the other: codes, scales and offsets are then one sequential stream each.
+template <End end, bool plain>
+inline void stream_panels(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
+  for (std::size_t p = a.panel_begin; p < a.panel_end; ++p) {
+    std::size_t r = 0;
+    for (; r + 2 <= rows; r += 2) stream<2, end, plain>(a, row0 + r, p);
+    if (r < rows) stream<1, end, plain>(a, row0 + r, p);
+  }
+}
+template <End end>
+inline void stream_all(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
+  const bool plain = a.raw == nullptr && a.w.scale_type == ScaleType::fp16 &&
+                     a.w.symmetry != Symmetry::asymmetric && a.w.group_size % 32 == 0 &&
+                     a.w.k_padded % a.w.group_size == 0;
+  if (plain)
+    stream_panels<end, true>(a, row0, rows);
+  else
+    stream_panels<end, false>(a, row0, rows);
 }
 
 }  // namespace w4a8
 
 inline void gemm_w4a8(const IntGemmArgs& a) noexcept {
   using namespace w4a8;
+  const bool has_offset = a.w.symmetry == Symmetry::float_offset;
   for (std::size_t row0 = 0; row0 < a.rows; row0 += row_block) {
     const std::size_t rows = a.rows - row0 < row_block ? a.rows - row0 : row_block;
-    if (rows > stream_rows) {
+    if (rows > stream_rows)
       block(a, row0, rows);
-      continue;
-    }
-    for (std::size_t p = a.panel_begin; p < a.panel_end;) {
-      const std::size_t panels = rows == 1 && p + 2 <= a.panel_end ? 2 : 1;
-      std::size_t r = 0;
-      for (; r + 2 <= rows; r += 2) stream<2, 1>(a, row0 + r, p);
-      if (r < rows && panels == 2)
-        stream<1, 2>(a, row0 + r, p);
-      else if (r < rows)
-        stream<1, 1>(a, row0 + r, p);
-      p += panels;
-    }
+    else if (a.x_scales != nullptr)
+      has_offset ? stream_all<End::x_offset>(a, row0, rows) : stream_all<End::x_scale>(a, row0, rows);
+    else
+      has_offset ? stream_all<End::offset>(a, row0, rows) : stream_all<End::scale>(a, row0, rows);
   }
 }

@@ -2,12 +2,13 @@
 //
 // Exact for every code: both sides widened to int16, pmaddwd. A block of 256 k of x (up to 32 rows) and of one
 // panel's weights is widened into L1, [k/2][16][2], and passed over in tiles of up to 6 rows x 16 channels: 12
-// accumulators, 2 weights, a broadcast and a product fill the 16 registers. Up to 4 rows the weights are widened
-// in registers instead. Port arithmetic for 6 rows x 2 k: 12 pmaddwd on two pipes, 12 paddd on the rest, 8 loads
-// on two: 6 cycles, the pmaddwd loop itself; widening and ends of blocks cost the rest. Measured, Zen 5 (EPYC, 3.7
-// GHz), one core, 2026-11-23, N = K = 4096, the pmaddwd loop 212 GOP/s: one group: M = 512 174-188, 64 178-188, 16
-// 181-187, 8 167, 4 162, 1 103-128 (52-64 GB/s, L3); groups of 32: M = 512 149, 1 83. M = 1 from DRAM (16384 x
-// 8192): 40 GB/s, where a plain loop with prefetch reads 37.
+// accumulators, 2 weights, a broadcast and a product fill the 16 registers. Up to 4 rows the weights are widened in
+// registers instead, and where the whole of k of x fits L1 the panels are passed over one after the other. Port
+// arithmetic for 6 rows x 2 k: 12 pmaddwd on two pipes, 12 paddd on the rest, 8 loads on two: 6 cycles, the pmaddwd
+// loop itself; widening and ends of blocks cost the rest. Measured, Zen 5 (EPYC), one core, 2026-11-23, N = K = 4096,
+// the pmaddwd loop 212 GOP/s: one group: M = 512 174-188, 64 178-188, 16 181-187, 8 156-167, 4 170, 2 173, 1 131 (65
+// GB/s, L3); groups of 32: M = 512 149, 1 83-105. M = 1 from DRAM (16384 x 8192): 36 GB/s, 35 with groups of 32 and
+// scales of x, where the best read loop does 36 and 36.
 
 namespace w8a8 {
 
@@ -20,7 +21,9 @@ inline constexpr std::size_t panel_block = 2;
 inline constexpr std::size_t k_block = 256;    // k of a panel that lie widened in L1
 inline constexpr std::size_t direct_rows = 4;  // up to here, weights are widened in registers
 inline constexpr std::size_t tile_rows = 6;
-inline constexpr std::size_t prefetch_bytes = 4096;
+inline constexpr std::size_t prefetch_bytes = 8192;
+inline constexpr std::size_t param_prefetch = 1024;
+inline constexpr std::size_t direct_k = 16384;  // k of all rows that lie widened at once
 
 /// k of one group that lie in one block of k.
 struct Segment {
@@ -140,10 +143,16 @@ inline void tile(const Call& call, const Block& block, std::size_t row, const st
 /// The same with weights that are widened on the way: for so few rows that nothing is gained by keeping them.
 template <int Rows>
 inline void tile_direct(const Call& call, const Block& block, std::size_t row, const std::int16_t* x,
-                        std::int32_t* partial, float* acc) noexcept {
+                        std::size_t x_stride, std::int32_t* partial, float* acc) noexcept {
   const std::uint8_t* codes = block.codes;
   for (std::size_t k = block.begin, g = block.first_group; k < block.end; ++g) {
     const Segment segment = segment_at(call.a, block, g, k);
+    if (g % 2 == 0 && call.a.raw == nullptr) {
+      const std::size_t ahead = segment.param * (call.a.w.scale_type == ScaleType::fp32 ? 4 : 2) + param_prefetch;
+      int_ops::prefetch(static_cast<const char*>(call.a.w.scales) + ahead);
+      if (call.a.w.symmetry == Symmetry::float_offset)
+        int_ops::prefetch(static_cast<const char*>(call.a.w.zeros) + ahead);
+    }
     Int d[Rows][4];  // channels {0, 1 | 4, 5}, {2, 3 | 6, 7} of both halves, sums of even and odd pairs of k
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
@@ -154,7 +163,7 @@ inline void tile_direct(const Call& call, const Block& block, std::size_t row, c
       int_ops::prefetch(codes + prefetch_bytes);
       Int b[Rows];
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) b[r] = int_ops::broadcast8(x + static_cast<std::size_t>(r) * k_block);
+      for (int r = 0; r < Rows; ++r) b[r] = int_ops::broadcast8(x + static_cast<std::size_t>(r) * x_stride);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         const Int bytes = int_ops::load_int(codes + 32 * h);
@@ -209,9 +218,9 @@ inline void rows_pass(const Call& call, const Block& block, std::size_t row0, st
     float* to = acc + 16 * r;
     if (direct) {
       if (height == 2)
-        tile_direct<2>(call, block, row0 + r, xr, part, to);
+        tile_direct<2>(call, block, row0 + r, xr, k_block, part, to);
       else
-        tile_direct<1>(call, block, row0 + r, xr, part, to);
+        tile_direct<1>(call, block, row0 + r, xr, k_block, part, to);
     } else {
       switch (height) {
         case 6: tile<6>(call, block, row0 + r, xr, part, to); break;
@@ -221,6 +230,43 @@ inline void rows_pass(const Call& call, const Block& block, std::size_t row0, st
       }
     }
     r += height;
+  }
+}
+
+/// A row's k in [begin, end) to int16; a multiple of 8 of them.
+inline void widen_x(const std::int8_t* from, std::size_t count, std::int16_t* to) noexcept {
+  std::size_t k = 0;
+  for (; k + 16 <= count; k += 16) int_ops::store_int(to + k, int_ops::widen_s8_s16(from + k));
+  for (; k < count; ++k) to[k] = from[k];
+}
+
+/// Few rows of which the whole of k lies widened: one panel after the other, so that weights, scales and offsets are
+/// one sequential stream each.
+inline void direct_panels(const IntGemmArgs& a, std::size_t row0, std::size_t rows) noexcept {
+  alignas(32) std::int16_t x16[direct_k];
+  alignas(32) std::int32_t partial[direct_rows * 16];
+  alignas(32) float acc[direct_rows * 16];
+  const Call call{a, a.x_scales == nullptr && a.w.symmetry != Symmetry::float_offset,
+                  int_params::bias_shift<Codes8>(a.w.symmetry)};
+  const std::size_t k = a.w.k_padded;
+  for (std::size_t r = 0; r < rows; ++r) widen_x(a.x + (row0 + r) * a.x_stride, k, x16 + r * k);
+  for (std::size_t p = a.panel_begin; p < a.panel_end; ++p) {
+    const int_params::Panel panel = int_params::panel_at(a, p);
+    const Block block{0, k, 0, panel.param, panel.codes, nullptr};
+    for (std::size_t i = 0; i < rows * 2; ++i) int_ops::store_float(acc + 8 * i, int_ops::zero_float());
+    std::size_t r = 0;
+    for (; r + 2 <= rows; r += 2)
+      tile_direct<2>(call, block, row0 + r, x16 + r * k, k, partial + 16 * r, acc + 16 * r);
+    if (r < rows) tile_direct<1>(call, block, row0 + r, x16 + r * k, k, partial + 16 * r, acc + 16 * r);
+    for (r = 0; r < rows; ++r) {
+      const std::size_t out = (row0 + r) * a.acc_stride + (p - a.panel_begin) * panel_width;
+      for (std::size_t h = 0; h < 16; h += 8) {
+        if (a.raw != nullptr)
+          int_ops::store_int(a.raw + out + h, int_ops::load_int(partial + 16 * r + h));
+        else
+          int_ops::store_float(a.acc + out + h, int_ops::load_float(acc + 16 * r + h));
+      }
+    }
   }
 }
 
@@ -244,13 +290,8 @@ inline void all_panels(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
       const std::size_t limit = group <= k_block ? a.w.k_padded : (g0 + 1) * group;
       std::size_t k1 = k0 + step < limit ? k0 + step : limit;
       if (k1 > a.w.k_padded) k1 = a.w.k_padded;
-      for (std::size_t r = 0; r < rows; ++r) {
-        const std::int8_t* from = a.x + (row0 + r) * a.x_stride + k0;
-        std::int16_t* to = x16 + r * k_block;
-        std::size_t k = 0;
-        for (; k + 16 <= k1 - k0; k += 16) int_ops::store_int(to + k, int_ops::widen_s8_s16(from + k));
-        for (; k < k1 - k0; ++k) to[k] = from[k];
-      }
+      for (std::size_t r = 0; r < rows; ++r)
+        widen_x(a.x + (row0 + r) * a.x_stride + k0, k1 - k0, x16 + r * k_block);
       for (std::size_t p = p0; p < p1; ++p) {
         const int_params::Panel panel = int_params::panel_at(a, p);
         const Block block{k0, k1, g0, panel.param, panel.codes + k0 / k_unit * Codes8::unit_bytes, widened};
@@ -277,6 +318,12 @@ inline void all_panels(const IntGemmArgs& a, std::size_t row0, std::size_t rows)
 }  // namespace w8a8
 
 inline void gemm_w8a8(const IntGemmArgs& a) noexcept {
-  for (std::size_t row0 = 0; row0 < a.rows; row0 += w8a8::row_block)
-    w8a8::all_panels(a, row0, a.rows - row0 < w8a8::row_block ? a.rows - row0 : w8a8::row_block);
+  using namespace w8a8;
+  for (std::size_t row0 = 0; row0 < a.rows; row0 += row_block) {
+    const std::size_t rows = a.rows - row0 < row_block ? a.rows - row0 : row_block;
+    if (rows <= direct_rows && rows * a.w.k_padded <= direct_k)
+      direct_panels(a, row0, rows);
+    else
+      all_panels(a, row0, rows);
+  }
 }

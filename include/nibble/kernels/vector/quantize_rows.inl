@@ -39,7 +39,39 @@ inline void quantize_row(const float* x, std::size_t k, bool symmetric, std::int
   if (zero_out != nullptr) *zero_out = static_cast<std::int32_t>(zero_point);
 }
 
+// Symmetric rows of Vectors vectors, groups of an activation: their values stay in registers, and the magnitude alone
+// says all about the range.
+template <int Vectors>
+inline void quantize_short_rows(const QuantizeRowsArgs& a) noexcept {
+  const Vi magnitude = set1_int(0x7FFFFFFF);
+  for (std::size_t r = 0; r < a.rows; ++r) {
+    const float* x = a.x + r * a.x_stride;
+    std::int8_t* q = a.q + r * a.q_stride;
+    Vf v[Vectors];
+    Vi top = set1_int(0);
+    NIBBLE_UNROLL
+    for (int i = 0; i < Vectors; ++i) {
+      v[i] = load(x + i * lanes);
+      top = max_int(top, and_int(bits(v[i]), magnitude));
+    }
+    const std::uint32_t largest = static_cast<std::uint32_t>(reduce_max_int(top));
+    const bool finite = largest < 0x7F800000U;
+    const float widest = float_from_bits(largest);
+    const float exact = widest / 127.0F;
+    const float scale = widest == 0.0F ? 1.0F : exact > 0x1p-126F ? exact : 0x1p-126F;
+    const LineGrid grid = {set1(scale), zero(), zero(), set1(-127.0F), set1(127.0F)};
+    NIBBLE_UNROLL
+    for (int i = 0; i < Vectors; ++i) {
+      const Vi codes = to_int(min(max(round(div(v[i], grid.scale)), grid.low), grid.high));
+      store_8(q + i * lanes, finite ? codes : set1_int(0));
+    }
+    a.scales[r] = finite ? scale : float_from_bits(0x7FC00000U);
+    if (a.zeros != nullptr) a.zeros[r] = 0;
+  }
+}
+
 inline void quantize_rows(const QuantizeRowsArgs& a) noexcept {
+  if (a.symmetric && a.k == 32 && a.q_stride == 32) return quantize_short_rows<32 / lanes>(a);
   for (std::size_t r = 0; r < a.rows; ++r) {
     std::int8_t* q = a.q + r * a.q_stride;
     quantize_row(a.x + r * a.x_stride, a.k, a.symmetric, q, a.scales + r,
