@@ -81,7 +81,11 @@ TEST_F(Program, BadArgumentsGetOneLineAndStatus2) {
                                 "quantize " + model + " out.safetensors --format int4 --keep '['",
                                 "quantize " + model + " out.safetensors --format int4 --method magic",
                                 "quantize " + model + " out.safetensors --format int4 --symmetric --float-offset",
-                                "generate " + model + " --activations int4"}) {
+                                "generate " + model + " --activations int4",
+                                "generate " + model + " --prompts /no/such/file",
+                                "generate " + model + " --prompts " + model + " --prompt x",
+                                "generate " + model + " --sequences 0",
+                                "bench " + model + " --batch 0"}) {
     const Result r = run(arguments);
     EXPECT_EQ(r.status, 2) << arguments;
     EXPECT_EQ(lines(r.err), 1U) << arguments << "\n" << r.err;
@@ -123,6 +127,52 @@ TEST_F(Program, GenerateStreamsTheTextAlone) {
   const Result sampled = run("generate " + stories() + " --tokens 30 --temperature 1 --top-p 0.9 --seed 3");
   EXPECT_EQ(run("generate " + stories() + " --tokens 30 --temperature 1 --top-p 0.9 --seed 3").out, sampled.out);
   EXPECT_NE(run("generate " + stories() + " --tokens 30 --temperature 1 --top-p 0.9 --seed 4").out, sampled.out);
+}
+
+TEST_F(Program, PromptsOfAFileAreAnsweredAsAlone) {
+  if (stories().empty()) GTEST_SKIP() << "NIBBLE_DATA is not set";
+  const std::vector<std::string> prompts = {
+      "Once upon a time", "The dog", "", "Lily and Tom went to the park. They", "One day, a bird", "A", "The end"};
+  std::ofstream list(file("prompts.txt"));
+  for (const std::string& p : prompts) list << p << "\n";
+  list.close();
+  for (const std::string options : {"", " --temperature 1 --top-p 0.9 --seed 3"}) {
+    const Result all = run("generate " + stories() + " --prompts " + file("prompts.txt") +
+                           " --tokens 40 --sequences 3 --json " + file("j.json") + options);
+    ASSERT_EQ(all.status, 0) << all.err;
+    EXPECT_EQ(lines(all.out), prompts.size());
+    const nlohmann::json answers = json().at("answers");
+    ASSERT_EQ(answers.size(), prompts.size());
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      ASSERT_EQ(run("generate " + stories() + " --prompt '" + prompts[i] + "' --tokens 40 --json " +
+                    file("j.json") + options)
+                    .status,
+                0);
+      EXPECT_EQ(answers[i].value("text", ""), json().value("text", "-")) << prompts[i];
+    }
+  }
+}
+
+TEST_F(Program, SaysWhereTheTimeGoes) {
+  if (stories().empty()) GTEST_SKIP() << "NIBBLE_DATA is not set";
+  const Result start = run("generate " + stories() + " --tokens 2 --verbose");
+  EXPECT_NE(start.err.find("first token"), std::string::npos);
+  const Result r =
+      run("bench " + stories() + " --prompt 16 --decode 4 --repeats 1 --threads 2 --profile --batch 1,3 --json " +
+          file("j.json"));
+  ASSERT_EQ(r.status, 0) << r.err;
+  EXPECT_NE(r.out.find("gate, up"), std::string::npos);
+  const nlohmann::json first = json().at("runs").at(0);
+  for (const char* part : {"prompt", "decode"}) {
+    const nlohmann::json& profile = first.at("profile").at(part);
+    double share = 0.0;
+    for (const nlohmann::json& line : profile) share += line.value("share", 0.0);
+    EXPECT_NEAR(share, 1.0, 1e-9) << part;
+    EXPECT_EQ(profile.size(), 10U);  // all operations but the quantization: the weights are floats
+  }
+  ASSERT_EQ(first.at("batches").size(), 2U);
+  EXPECT_EQ(first.at("batches")[1].value("sequences", 0), 3);
+  EXPECT_GT(first.at("batches")[1].value("tokens_per_second", 0.0), 0.0);
 }
 
 TEST_F(Program, QuantizeInspectPerplexityBench) {

@@ -1,8 +1,11 @@
 // The forward pass of examples/llm: the same bits however tokens come in, the values of a naive one, golden texts.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <random>
 #include <tuple>
 #include <vector>
 
@@ -247,6 +250,44 @@ TEST(Sampler, TemperatureZeroTakesTheFirstOfTheLargest) {
   const std::vector<float> logits = {0.5F, 2.0F, -1.0F, 2.0F};
   llm::Sampler s({});
   for (int i = 0; i < 5; ++i) EXPECT_EQ(s.sample(logits.data(), logits.size()), 1);
+}
+
+TEST(Sampler, ArgmaxIsTheFirstMaximumOfAnyLine) {
+  std::mt19937 random(3);
+  const float inf = std::numeric_limits<float>::infinity();
+  for (std::size_t n = 1; n < 300; ++n)
+    for (const float special : {0.0F, inf, -inf}) {
+      std::vector<float> x(n);
+      for (float& v : x) v = static_cast<float>(random() % 7) - 6.0F;
+      if (special != 0.0F) x[random() % n] = special;
+      const auto expected = static_cast<Token>(std::max_element(x.begin(), x.end()) - x.begin());
+      ASSERT_EQ(llm::argmax(x.data(), n), expected) << n;
+    }
+}
+
+TEST(Sampler, TopPTakesTheFewestThatHoldIt) {
+  // 500 tokens; the nucleus by the definition: sorted, ties in the order of their numbers.
+  std::mt19937 random(4);
+  std::vector<float> logits(500);
+  for (float& v : logits) v = static_cast<float>(random() % 50) * 0.1F;
+  std::vector<Token> order(logits.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<Token>(i);
+  const auto weight = [&](Token t) { return std::exp(static_cast<double>(logits[static_cast<std::size_t>(t)])); };
+  std::stable_sort(order.begin(), order.end(), [&](Token a, Token b) { return weight(a) > weight(b); });
+  double total = 0.0;
+  for (const Token t : order) total += weight(t);
+  for (const float p : {0.001F, 0.1F, 0.5F, 0.9F}) {
+    std::vector<bool> kept(order.size());
+    double mass = 0.0;
+    for (std::size_t i = 0; i == 0 || mass < static_cast<double>(p) * total; ++i) {
+      kept[static_cast<std::size_t>(order[i])] = true;
+      mass += weight(order[i]);
+    }
+    llm::Sampler s({1.0F, p, 9});
+    std::vector<bool> seen(order.size());
+    for (int i = 0; i < 20000; ++i) seen[static_cast<std::size_t>(s.sample(logits.data(), logits.size()))] = true;
+    EXPECT_EQ(seen, kept) << p;
+  }
 }
 
 TEST(Sampler, FollowsTheProbabilities) {

@@ -11,7 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "batch.hpp"
 #include "machine_limits.hpp"
+#include "profile.hpp"
 #include "runner.hpp"
 #include "sampler.hpp"
 
@@ -22,6 +24,14 @@ struct BenchOptions {
   std::size_t decode = 64;   // tokens
   std::size_t depth = 0;     // tokens in the cache before decoding is timed
   std::size_t repeats = 3;
+  std::vector<std::size_t> batches;  // numbers of sequences to decode together
+  bool profile = false;
+};
+
+/// Sequences decoded together.
+struct BatchResult {
+  std::size_t sequences = 0;
+  double tokens_per_second = 0.0;  // of all
 };
 
 struct BenchResult {
@@ -32,6 +42,9 @@ struct BenchResult {
   double prompt_gops = 0.0;
   double decode_gbps = 0.0;
   MachineLimits limits;
+  std::vector<BatchResult> batches;
+  Profile prompt_profile;  // of one prompt, and of options.decode tokens
+  Profile decode_profile;
 };
 
 /// Bytes of this process in memory now.
@@ -63,7 +76,40 @@ inline std::vector<Token> some_tokens(std::size_t n, std::size_t vocabulary) {
 
 }  // namespace bench_detail
 
-/// Medians over options.repeats rounds. `activations` and `kv_format` as in RunnerOptions; `step` is called after every round.
+/// Tokens a second of `sequences` that decode together, behind prompts of 64 tokens each.
+inline double bench_batch(const Model& model, std::size_t sequences, const BenchOptions& options,
+                          RunnerOptions runner_options) {
+  constexpr std::size_t prompt = 64;
+  runner_options.context = prompt + options.decode + 1;
+  // All prompts in one step: afterwards all decode, and end together.
+  runner_options.block = prompt * sequences;
+  Runner runner(model, runner_options);
+  BatchOptions batch_options;
+  batch_options.sequences = sequences;
+  const std::size_t vocabulary = model.hparams.vocabulary;
+  Batch batch(
+      runner, vocabulary, [](Token) { return false; }, batch_options);
+  const std::vector<Token> tokens = bench_detail::some_tokens(prompt * sequences, vocabulary);
+  std::vector<double> times;
+  for (std::size_t round = 0; round < options.repeats; ++round) {
+    for (std::size_t s = 0; s < sequences; ++s) {
+      BatchRequest request;
+      const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(s * prompt);
+      request.prompt.assign(first, first + prompt);
+      request.tokens = options.decode + 1;
+      batch.submit(std::move(request));
+    }
+    batch.step();
+    const double start = limits_detail::seconds_now();
+    while (batch.step()) {
+    }
+    times.push_back(limits_detail::seconds_now() - start);
+  }
+  return static_cast<double>(sequences * options.decode) / bench_detail::median(times);
+}
+
+/// Medians over options.repeats rounds. `activations` and `kv_format` as in RunnerOptions; `step` is called after every
+/// round.
 template <class Step>
 BenchResult bench(const Model& model, const BenchOptions& options, nibble::Activations activations,
                   nibble::KvFormat kv_format, nibble::ThreadPool& pool, Step&& step) {
@@ -104,6 +150,35 @@ BenchResult bench(const Model& model, const BenchOptions& options, nibble::Activ
       for (std::size_t i = 0; i < options.decode; ++i) next = argmax(runner.append(cache, &next, 1), vocabulary);
       if (round > 0) decode_times.push_back(seconds_now() - start);
     }
+    step();
+  }
+
+  if (options.profile) {
+    const auto profiled = [&](std::size_t first, std::size_t decode, Profile& profile) {
+      RunnerOptions profiling = runner_options;
+      profiling.profile = &profile;
+      Runner profiled_runner(model, profiling);
+      cache.clear();
+      Token next = 0;
+      const auto say = [&](const Token* from, std::size_t count) {
+        const float* logits = profiled_runner.append(cache, from, count);
+        ProfileClock clock(&profile);
+        next = argmax(logits, vocabulary);
+        clock.lap(Operation::sampling, {sizeof(float) * static_cast<double>(vocabulary), 0.0, 0.0});
+      };
+      for (int round = 0; round < 2; ++round) {  // the first grows the workspaces
+        cache.clear();
+        profile.clear();
+        say(tokens.data(), first);
+        if (decode > 0) profile.clear();
+        for (std::size_t i = 0; i < decode; ++i) say(&next, 1);
+      }
+    };
+    if (options.prompt > 0) profiled(options.prompt, 0, result.prompt_profile);
+    if (options.decode > 0) profiled(options.depth + 1, options.decode, result.decode_profile);
+  }
+  for (const std::size_t sequences : options.batches) {
+    result.batches.push_back({sequences, bench_batch(model, sequences, options, runner_options)});
     step();
   }
 

@@ -22,26 +22,32 @@ NIBBLE_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 namespace llm {
 namespace limits_detail {
 
-// Twelve independent chains hide the latency of either pipe. The empty asm keeps the compiler from folding the loop.
+// Twelve independent chains hide the latency of either pipe. They are written out, as a loop over an array would keep
+// them in memory; the empty asm keeps the compiler from folding the turns.
+inline void dot(__m512i& s, __m512i a, __m512i b) {
+  s = _mm512_dpbusd_epi32(s, a, b);
+  __asm__ volatile("" : "+v"(s));
+}
 inline void vnni_loop(std::size_t turns) {
-  __m512i sum[12];
   const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(2);
-  for (auto& s : sum) s = _mm512_setzero_si512();
-  for (std::size_t t = 0; t < turns; ++t)
-    for (auto& s : sum) {
-      s = _mm512_dpbusd_epi32(s, a, b);
-      __asm__ volatile("" : "+v"(s));
-    }
+  __m512i s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;
+  for (std::size_t t = 0; t < turns; ++t) {
+    dot(s0, a, b), dot(s1, a, b), dot(s2, a, b), dot(s3, a, b), dot(s4, a, b), dot(s5, a, b);
+    dot(s6, a, b), dot(s7, a, b), dot(s8, a, b), dot(s9, a, b), dot(s10, a, b), dot(s11, a, b);
+  }
+}
+inline void multiply_add(__m512& s, __m512 a, __m512 b) {
+  s = _mm512_fmadd_ps(a, b, s);
+  __asm__ volatile("" : "+v"(s));
 }
 inline void fma512_loop(std::size_t turns) {
-  __m512 sum[12];
   const __m512 a = _mm512_set1_ps(1.0F), b = _mm512_set1_ps(0.5F);
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  for (std::size_t t = 0; t < turns; ++t)
-    for (auto& s : sum) {
-      s = _mm512_fmadd_ps(a, b, s);
-      __asm__ volatile("" : "+v"(s));
-    }
+  __m512 s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;
+  for (std::size_t t = 0; t < turns; ++t) {
+    multiply_add(s0, a, b), multiply_add(s1, a, b), multiply_add(s2, a, b), multiply_add(s3, a, b);
+    multiply_add(s4, a, b), multiply_add(s5, a, b), multiply_add(s6, a, b), multiply_add(s7, a, b);
+    multiply_add(s8, a, b), multiply_add(s9, a, b), multiply_add(s10, a, b), multiply_add(s11, a, b);
+  }
 }
 
 }  // namespace limits_detail
@@ -53,31 +59,35 @@ namespace llm {
 namespace limits_detail {
 
 // Four-bit weights as AVX2 multiplies them: eight u8 x s8 pair products summed in 16 bits, then one widening.
+inline void pairs(__m256i& sum, __m256i a, __m256i b) {
+  __asm__ volatile("" : "+x"(a));
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+}
+inline void maddubs(__m256i& wide, __m256i a, __m256i b, __m256i one) {
+  __m256i sum = _mm256_setzero_si256();
+  pairs(sum, a, b), pairs(sum, a, b), pairs(sum, a, b), pairs(sum, a, b);
+  pairs(sum, a, b), pairs(sum, a, b), pairs(sum, a, b), pairs(sum, a, b);
+  wide = _mm256_add_epi32(wide, _mm256_madd_epi16(sum, one));
+  __asm__ volatile("" : "+x"(wide));
+}
 inline void maddubs_loop(std::size_t turns) {
-  __m256i wide[4];
   const __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(2), one = _mm256_set1_epi16(1);
-  for (auto& w : wide) w = _mm256_setzero_si256();
+  __m256i w0 = one, w1 = one, w2 = one, w3 = one;
   for (std::size_t t = 0; t < turns; ++t)
-    for (auto& w : wide) {
-      __m256i sum = _mm256_setzero_si256();
-      for (int i = 0; i < 8; ++i) {
-        __m256i x = a;
-        __asm__ volatile("" : "+x"(x));
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, b));
-      }
-      w = _mm256_add_epi32(w, _mm256_madd_epi16(sum, one));
-      __asm__ volatile("" : "+x"(w));
-    }
+    maddubs(w0, a, b, one), maddubs(w1, a, b, one), maddubs(w2, a, b, one), maddubs(w3, a, b, one);
+}
+inline void multiply_add(__m256& s, __m256 a, __m256 b) {
+  s = _mm256_fmadd_ps(a, b, s);
+  __asm__ volatile("" : "+x"(s));
 }
 inline void fma256_loop(std::size_t turns) {
-  __m256 sum[12];
   const __m256 a = _mm256_set1_ps(1.0F), b = _mm256_set1_ps(0.5F);
-  for (auto& s : sum) s = _mm256_setzero_ps();
-  for (std::size_t t = 0; t < turns; ++t)
-    for (auto& s : sum) {
-      s = _mm256_fmadd_ps(a, b, s);
-      __asm__ volatile("" : "+x"(s));
-    }
+  __m256 s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;
+  for (std::size_t t = 0; t < turns; ++t) {
+    multiply_add(s0, a, b), multiply_add(s1, a, b), multiply_add(s2, a, b), multiply_add(s3, a, b);
+    multiply_add(s4, a, b), multiply_add(s5, a, b), multiply_add(s6, a, b), multiply_add(s7, a, b);
+    multiply_add(s8, a, b), multiply_add(s9, a, b), multiply_add(s10, a, b), multiply_add(s11, a, b);
+  }
 }
 
 }  // namespace limits_detail

@@ -30,7 +30,8 @@ int run(int argc, char** argv) {
       "  nibble quantize model.gguf model-int4.safetensors --format int4 --group 64\n"
       "  nibble perplexity model-int4.safetensors text.txt --context 512 --windows 64\n"
       "  nibble generate model.gguf --chat --prompt \"Why is the sky blue?\" --tokens 200\n"
-      "  nibble bench model.gguf --prompt 512 --decode 64 --threads 1,2\n"
+      "  nibble generate model.gguf --prompts questions.txt --tokens 60\n"
+      "  nibble bench model.gguf --prompt 512 --decode 64 --threads 1,2 --batch 1,8,32 --profile\n"
       "  nibble compare model.gguf text.txt --formats fp32,int8,int4-g32,nf4 --svg plot.svg\n\n"
       "Exit status: 0 done, 1 it failed (a broken file, a full disk), 2 the arguments make no sense.");
   app.name("nibble");

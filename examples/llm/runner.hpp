@@ -21,6 +21,7 @@
 #include "nibble/nn/kv_cache.hpp"
 #include "nibble/nn/norm.hpp"
 #include "nibble/nn/rope.hpp"
+#include "profile.hpp"
 #include "vocabulary.hpp"
 
 namespace llm {
@@ -31,6 +32,7 @@ struct RunnerOptions {
   nibble::Activations activations = nibble::Activations::automatic;  // fp32: exact; automatic: int8 where it can
   nibble::KvFormat kv_format = nibble::KvFormat::fp16;
   nibble::ThreadPool* pool = nullptr;  // nullptr: the calling thread alone
+  Profile* profile = nullptr;          // where time is written down, if anywhere
 };
 
 /// Tokens that one sequence of a batch goes on with.
@@ -38,6 +40,7 @@ struct Piece {
   nibble::KvCache* cache = nullptr;
   const Token* tokens = nullptr;
   std::size_t count = 0;
+  bool wants_logits = true;  // the last token's
 };
 
 /// Runs one model. All scratch memory is allocated by the constructor; generating a token allocates nothing.
@@ -65,6 +68,7 @@ class Runner {
   }
 
   const Hparams& hparams() const { return h_; }
+  const RunnerOptions& options() const { return options_; }
   Cache new_cache() const {
     nibble::KvCacheOptions o;
     o.layers = h_.layers;
@@ -101,21 +105,33 @@ class Runner {
   }
 
   /// Appends to several sequences at once, each in a cache of its own, options.block tokens in all at most, and returns
-  /// the logits of every piece's last token, a column each (valid until the next call; at most max_pieces()).
+  /// the logits of the last tokens of the pieces that want them, a column each (valid until the next call; at most
+  /// max_pieces() may). Every logit is what it would be alone.
   Logits append(const Piece* pieces, std::size_t count) {
-    std::size_t tokens = 0;
-    for (std::size_t p = 0; p < count; ++p) tokens += pieces[p].count;
-    if (tokens > options_.block || count > max_pieces())
-      throw std::runtime_error("a batch of " + std::to_string(count) + " pieces has " + std::to_string(tokens) +
-                               " tokens, expected at most " + std::to_string(max_pieces()) + " and " +
-                               std::to_string(options_.block));
+    std::size_t tokens = 0, wanted = 0;
+    for (std::size_t p = 0; p < count; ++p) {
+      tokens += pieces[p].count;
+      wanted += pieces[p].wants_logits ? 1 : 0;
+      if (pieces[p].count == 0) throw std::runtime_error("piece " + std::to_string(p) + " has no tokens");
+      for (std::size_t other = 0; other < p; ++other)
+        if (pieces[other].cache == pieces[p].cache)
+          throw std::runtime_error("two pieces of a batch belong to one sequence");
+    }
+    if (tokens > options_.block || wanted > max_pieces())
+      throw std::runtime_error("a batch has " + std::to_string(tokens) + " tokens and wants " +
+                               std::to_string(wanted) + " logits, expected at most " +
+                               std::to_string(options_.block) + " and " + std::to_string(max_pieces()));
     check(pieces, count);
-    forward(pieces, count);
-    std::size_t last = 0;
-    std::size_t piece = 0;
-    return output(count, [&](std::size_t t) {
-      for (; piece <= t; ++piece) last += pieces[piece].count;
-      return last - 1;
+    if (count > 0) forward(pieces, count);
+    std::size_t end = 0;
+    const Piece* piece = pieces;
+    return output(wanted, [&](std::size_t) {
+      for (;; ++piece) {
+        end += piece->count;
+        if (piece->wants_logits) break;
+      }
+      ++piece;
+      return end - 1;
     });
   }
   std::size_t max_pieces() const { return static_cast<std::size_t>(logits_.cols()); }
@@ -173,17 +189,22 @@ class Runner {
   /// Several products of the same n columns of x. They are quantized once, and only if some weight wants integers.
   class Input {
    public:
-    Input(Runner& runner, const Matrix& x, std::size_t n) : runner_(runner), x_(x), n_(index(n)) {}
+    Input(Runner& runner, ProfileClock& clock, const Matrix& x, std::size_t n)
+        : runner_(runner), clock_(clock), x_(x), n_(index(n)) {}
 
     /// At most four products that do not need each other; those of integers run as one parallel region.
-    void multiply(std::initializer_list<Product> products) {
+    void multiply(Operation what, std::initializer_list<Product> products) {
       nibble::MatmulOptions options;
       options.pool = runner_.options_.pool;
       options.workspace = &runner_.workspace_;
       nibble::GroupedProduct grouped[4];
       std::size_t count = 0;
+      Work work;
       for (const Product& p : products) {
-        if (runner_.options_.activations == nibble::Activations::fp32 || !nibble::is_integer(p.w.format())) {
+        const bool integers =
+            runner_.options_.activations != nibble::Activations::fp32 && nibble::is_integer(p.w.format());
+        work += work_of(p.w, integers);
+        if (!integers) {
           options.activations = nibble::Activations::fp32;
           options.epilogue = p.epilogue;
           nibble::matmul(p.w, x_.leftCols(n_), p.y.leftCols(n_), options);
@@ -193,16 +214,25 @@ class Runner {
         if (const std::size_t group = nibble::activation_group(p.w); quantized_ != group) {
           nibble::matmul_grouped(grouped, count, options);
           count = 0;
+          clock_.lap(what);
           runner_.quantized_.assign(x_.leftCols(n_), nibble::Activations::int8_grouped, options.pool, group);
+          clock_.lap(Operation::quantize);
           quantized_ = group;
         }
         grouped[count++] = {&p.w, &runner_.quantized_, p.y.data(), p.y.outerStride(), p.epilogue};
       }
       nibble::matmul_grouped(grouped, count, options);
+      clock_.lap(what, work);
     }
 
    private:
+    Work work_of(const nibble::PackedMatrix& w, bool integers) const {
+      const double operations = 2.0 * static_cast<double>(w.rows()) * static_cast<double>(w.cols() * n_);
+      return {static_cast<double>(w.byte_size()), integers ? operations : 0.0, integers ? 0.0 : operations};
+    }
+
     Runner& runner_;
+    ProfileClock& clock_;
     const Matrix& x_;
     Eigen::Index n_;
     std::size_t quantized_ = 0;  // the group size of runner_.quantized_, once it holds x
@@ -225,20 +255,26 @@ class Runner {
         positions_[n++] = {piece.cache, span.past + t, piece.tokens[t]};
       reach = std::max(reach, span.past + span.tokens);
     }
+    ProfileClock clock(options_.profile);
     rope_.prepare(reach);
+    clock.lap(Operation::rope);
     for_tokens(n, [&](std::size_t first, std::size_t tokens) {
       for (std::size_t t = first; t < first + tokens; ++t)
         model_.embedding.dequantize_row(positions_[t].token, x_.col(index(t)).data());
     });
+    clock.lap(Operation::embedding);
     const auto columns = x_.leftCols(index(n));
     const float scale = 1.0F / std::sqrt(static_cast<float>(h_.head_size));
+    const Work attention_work = clock.runs() ? work_of_attention() : Work();
     nibble::AttentionOptions attention;
     attention.pool = options_.pool;
     attention.workspace = &workspace_;
     for (std::size_t i = 0; i < model_.layers.size(); ++i) {
       const Layer& l = model_.layers[i];
       norm(l.attention_norm, n);
-      Input(*this, normed_, n).multiply({{l.query, query_}, {l.key, key_}, {l.value, value_}});
+      clock.lap(Operation::norm);
+      Input(*this, clock, normed_, n)
+          .multiply(Operation::qkv, {{l.query, query_}, {l.key, key_}, {l.value, value_}});
       for_tokens(n, [&](std::size_t first, std::size_t tokens) {
         for (std::size_t t = first; t < first + tokens; ++t) {
           const Position& p = positions_[t];
@@ -248,30 +284,52 @@ class Runner {
           p.cache->store(i, p.position, key, value_.col(index(t)).data());
         }
       });
+      clock.lap(Operation::rope);
       nibble::attention(spans_.data(), spans_.size(), i, query_.leftCols(index(n)), attended_.leftCols(index(n)),
                         attention);
-      Input(*this, attended_, n).multiply({{l.output, x_, nibble::Epilogue().add(columns)}});
+      clock.lap(Operation::attention, attention_work);
+      Input(*this, clock, attended_, n)
+          .multiply(Operation::attention_output, {{l.output, x_, nibble::Epilogue().add(columns)}});
 
       norm(l.ffn_norm, n);
-      Input ffn(*this, normed_, n);
+      clock.lap(Operation::norm);
+      Input ffn(*this, clock, normed_, n);
       if (n <= chunk) {  // one parallel region instead of two
-        ffn.multiply({{l.gate, gate_}, {l.up, up_}});
+        ffn.multiply(Operation::gate_up, {{l.gate, gate_}, {l.up, up_}});
         nibble::silu_multiply(gate_.leftCols(index(n)), up_.leftCols(index(n)));
+        clock.lap(Operation::gate_up);
       } else {
-        ffn.multiply({{l.up, up_}});
-        ffn.multiply({{l.gate, gate_, nibble::Epilogue().silu().multiply(up_.leftCols(index(n)))}});
+        ffn.multiply(Operation::gate_up, {{l.up, up_}});
+        ffn.multiply(Operation::gate_up,
+                     {{l.gate, gate_, nibble::Epilogue().silu().multiply(up_.leftCols(index(n)))}});
       }
-      Input(*this, gate_, n).multiply({{l.down, x_, nibble::Epilogue().add(columns)}});
+      Input(*this, clock, gate_, n).multiply(Operation::down, {{l.down, x_, nibble::Epilogue().add(columns)}});
     }
     for (std::size_t p = 0; p < count; ++p) pieces[p].cache->advance(pieces[p].count);
+  }
+
+  /// One layer's: the keys and values that the spans see, and two products with each of them.
+  Work work_of_attention() const {
+    double bytes = 0.0, seen = 0.0;
+    bool integers = false;
+    for (const nibble::AttentionSpan& s : spans_) {
+      const auto past = static_cast<double>(s.past), tokens = static_cast<double>(s.tokens);
+      bytes += (past + tokens) * static_cast<double>(s.cache->bytes_per_position() / h_.layers);
+      seen += tokens * past + tokens * (tokens + 1.0) / 2.0;
+      integers = s.cache->format() == nibble::KvFormat::int8;
+    }
+    const double operations = 4.0 * seen * static_cast<double>(h_.q_size());
+    return {bytes, integers ? operations : 0.0, integers ? 0.0 : operations};
   }
 
   /// Logits of m tokens, of which the t-th (in ascending order) is column column_of(t) of the last forward().
   template <class ColumnOf>
   Logits output(std::size_t m, ColumnOf&& column_of) {
+    ProfileClock clock(options_.profile);
     for (std::size_t t = 0; t < m; ++t)
       nibble::rms_norm(x_.col(index(column_of(t))), model_.output_norm, h_.rms_epsilon, normed_.col(index(t)));
-    Input(*this, normed_, m).multiply({{model_.output, logits_}});
+    clock.lap(Operation::norm);
+    if (m > 0) Input(*this, clock, normed_, m).multiply(Operation::output_layer, {{model_.output, logits_}});
     return logits_.leftCols(index(m));
   }
 

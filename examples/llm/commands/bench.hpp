@@ -30,7 +30,7 @@ inline void bench(const Common& c, const BenchArguments& a) {
   std::printf("%s on %s\n", c.model.c_str(), nibble::explain(s.model.layers[0].gate, 1).c_str());
   std::vector<BenchResult> results;
   {
-    Progress progress("bench", threads.size() * (options.repeats + 1));
+    Progress progress("bench", threads.size() * (options.repeats + 1 + options.batches.size()));
     for (const int t : threads) {
       nibble::ThreadPool pool(t);
       results.push_back(
@@ -63,6 +63,29 @@ inline void bench(const Common& c, const BenchArguments& a) {
                     {"decode_gbps", r.decode_gbps},
                     {"limit_read_gbps", r.limits.read_gbps}});
   }
+  if (!options.batches.empty()) {
+    std::printf("\n%7s %10s %12s %14s\n", "threads", "sequences", "tokens/s", "t/s a sequence");
+    for (std::size_t i = 0; i < results.size(); ++i)
+      for (const BatchResult& b : results[i].batches) {
+        const double each = b.tokens_per_second / static_cast<double>(b.sequences);
+        std::printf("%7d %10zu %12.1f %14.1f\n", results[i].threads, b.sequences, b.tokens_per_second, each);
+        runs[i]["batches"].push_back({{"sequences", b.sequences},
+                                      {"tokens_per_second", b.tokens_per_second},
+                                      {"tokens_per_second_a_sequence", each}});
+      }
+  }
+  if (options.profile)
+    for (std::size_t i = 0; i < results.size(); ++i) {
+      const BenchResult& r = results[i];
+      const auto print = [&](const char* what, std::size_t tokens, const Profile& profile) {
+        if (tokens == 0) return;
+        std::printf("\n%s of %zu tokens, %d threads\n%s", what, tokens, r.threads,
+                    profile_table(profile, r.limits).c_str());
+        runs[i]["profile"][what] = profile_json(profile, r.limits);
+      };
+      print("prompt", options.prompt, r.prompt_profile);
+      print("decode", options.decode, r.decode_profile);
+    }
   const BenchResult& last = results.back();
   write_json(c, {{"model", c.model},
                  {"activations", c.activations},
@@ -96,6 +119,16 @@ inline void add_bench(CLI::App& app, Common& c, std::function<void()>& action) {
   command->add_option("--depth", a->options.depth, "Tokens of context before decoding is timed")
       ->check(CLI::Range(std::size_t{0}, std::size_t{1} << 20))
       ->capture_default_str();
+  command
+      ->add_option(
+          "--batch", a->options.batches,
+          "Also decode this many sequences together, each behind a prompt of 64 tokens, e.g. 1,2,4,8,16,32")
+      ->delimiter(',')
+      ->check(CLI::Range(std::size_t{1}, std::size_t{4096}))
+      ->allow_extra_args(false);
+  command->add_flag(
+      "--profile", a->options.profile,
+      "Also say where the time goes: a table by operation with its percent of the limit that binds it");
   command->add_option("--repeats", a->options.repeats, "Timed rounds; medians are shown")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1000}))
       ->capture_default_str();

@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../batch.hpp"
 #include "../chat.hpp"
 #include "../runner.hpp"
 #include "../sampler.hpp"
@@ -17,6 +20,8 @@ namespace commands {
 
 struct GenerateArguments {
   std::string prompt;
+  std::string prompts;  // a file of them
+  std::size_t sequences = 16;
   std::string system;
   std::size_t tokens = 128;
   SamplerOptions sampler;
@@ -25,7 +30,8 @@ struct GenerateArguments {
   bool verbose = false;
 };
 
-inline std::vector<Token> prompt_tokens(const Tokenizer& tokenizer, const GenerateArguments& a) {
+inline std::vector<Token> prompt_tokens(const Tokenizer& tokenizer, const GenerateArguments& a,
+                                        const std::string& prompt) {
   const Vocabulary& v = tokenizer.vocabulary();
   std::vector<Token> tokens;
   if (v.add_bos && v.bos != no_token) tokens.push_back(v.bos);
@@ -34,12 +40,12 @@ inline std::vector<Token> prompt_tokens(const Tokenizer& tokenizer, const Genera
     tokens.insert(tokens.end(), more.begin(), more.end());
   };
   if (a.chat) {
-    const ChatPrompt p = chat_prompt(v.chat_template, a.system, a.prompt);
+    const ChatPrompt p = chat_prompt(v.chat_template, a.system, prompt);
     add(p.before, true);
     add(p.user, false);
     add(p.after, true);
   } else {
-    add(a.prompt, false);
+    add(prompt, false);
   }
   // A model cannot begin from nothing.
   if (tokens.empty() && v.bos != no_token) tokens.push_back(v.bos);
@@ -48,19 +54,84 @@ inline std::vector<Token> prompt_tokens(const Tokenizer& tokenizer, const Genera
   return tokens;
 }
 
+inline void warn_of_length(std::size_t tokens, std::size_t context) {
+  if (tokens > context)
+    std::fprintf(stderr, "nibble: %zu tokens reach beyond the context of %zu that the model was trained for\n",
+                 tokens, context);
+}
+
+/// Text in one line: a line break becomes \n, a backslash two.
+inline std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char ch : text) {
+    if (ch == '\n')
+      out += "\\n";
+    else if (ch == '\\')
+      out += "\\\\";
+    else
+      out += ch;
+  }
+  return out;
+}
+
+/// Every line of a file is a prompt; the answers come in their order, a line each.
+inline void generate_all(const Common& c, const GenerateArguments& a) {
+  std::vector<std::string> prompts;
+  std::istringstream lines(read_text(a.prompts));
+  for (std::string line; std::getline(lines, line);) prompts.push_back(line);
+  Session s(c);
+  RunnerOptions options;
+  options.context = 1;
+  options.activations = activations_of(c);
+  options.kv_format = kv_format_of(c);
+  options.pool = s.workers();
+  std::vector<BatchRequest> requests;
+  for (const std::string& prompt : prompts) {
+    requests.push_back({prompt_tokens(*s.tokenizer, a, prompt), a.tokens, a.sampler});
+    options.context = std::max(options.context, requests.back().prompt.size() + a.tokens);
+  }
+  warn_of_length(options.context, s.model.hparams.context);
+  Runner runner(s.model, options);
+  BatchOptions batch_options;
+  batch_options.sequences = std::min(a.sequences, std::max<std::size_t>(requests.size(), 1));
+  Batch batch(
+      runner, s.tokenizer->vocabulary().size(), [&](Token t) { return s.tokenizer->ends_text(t); }, batch_options);
+  for (BatchRequest& r : requests) batch.submit(std::move(r));
+  const double start = limits_detail::seconds_now();
+  std::size_t said = 0, generated = 0;
+  nlohmann::json answers = nlohmann::json::array();
+  for (bool more = true; more;) {
+    more = batch.step();
+    for (; said < prompts.size() && batch.done(said); ++said) {
+      const std::string text = decode(*s.tokenizer, batch.tokens(said), prompts[said].empty() && !a.chat);
+      std::printf("%s%s\n", a.echo ? escaped(prompts[said]).c_str() : "", escaped(text).c_str());
+      std::fflush(stdout);
+      generated += batch.tokens(said).size();
+      answers.push_back(
+          {{"generated_tokens", batch.tokens(said).size()}, {"end_of_text", batch.ended(said)}, {"text", text}});
+    }
+  }
+  const double seconds = limits_detail::seconds_now() - start;
+  write_json(c, {{"model", c.model},
+                 {"answers", answers},
+                 {"sequences", batch_options.sequences},
+                 {"generated_tokens", generated},
+                 {"seconds", seconds},
+                 {"tokens_per_second", static_cast<double>(generated) / std::max(seconds, 1e-9)},
+                 {"threads", s.pool.threads()}});
+}
+
 inline void generate(const Common& c, const GenerateArguments& a) {
   const double start = limits_detail::seconds_now();
   Session s(c);
-  const std::vector<Token> prompt = prompt_tokens(*s.tokenizer, a);
+  const std::vector<Token> prompt = prompt_tokens(*s.tokenizer, a, a.prompt);
   RunnerOptions options;
   options.context = prompt.size() + a.tokens;
   options.block = std::min<std::size_t>(options.block, prompt.size());
   options.activations = activations_of(c);
   options.kv_format = kv_format_of(c);
   options.pool = s.workers();
-  if (options.context > s.model.hparams.context)
-    std::fprintf(stderr, "nibble: %zu tokens reach beyond the context of %zu that the model was trained for\n",
-                 options.context, s.model.hparams.context);
+  warn_of_length(options.context, s.model.hparams.context);
   Runner runner(s.model, options);
   auto cache = runner.new_cache();
   Sampler sampler(a.sampler);
@@ -112,9 +183,20 @@ inline void generate(const Common& c, const GenerateArguments& a) {
 inline void add_generate(CLI::App& app, Common& c, std::function<void()>& action) {
   const auto a = std::make_shared<GenerateArguments>();
   CLI::App* command = add_command(app, "generate", "Continue a prompt; only the new text goes to stdout", action,
-                                  [&c, a] { generate(c, *a); });
+                                  [&c, a] { a->prompts.empty() ? generate(c, *a) : generate_all(c, *a); });
   add_model(command, c);
-  command->add_option("--prompt", a->prompt, "The text to continue, or with --chat what the user says");
+  CLI::Option* prompt =
+      command->add_option("--prompt", a->prompt, "The text to continue, or with --chat what the user says");
+  command
+      ->add_option(
+          "--prompts", a->prompts,
+          "A file with a prompt a line. They are continued together, each as it would be alone; the answers come "
+          "in the prompts' order, a line each (line breaks as \\n, backslashes doubled)")
+      ->check(CLI::ExistingFile)
+      ->excludes(prompt);
+  command->add_option("--sequences", a->sequences, "How many of --prompts are continued at once")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{512}))
+      ->capture_default_str();
   command->add_option("--tokens", a->tokens, "Most tokens to generate")
       ->check(CLI::Range(std::size_t{0}, std::size_t{1} << 20))
       ->capture_default_str();
