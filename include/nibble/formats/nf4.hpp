@@ -46,6 +46,15 @@ inline constexpr double nf4_midpoints[15] = {
     nf4_midpoint(5),  nf4_midpoint(6),  nf4_midpoint(7),  nf4_midpoint(8),  nf4_midpoint(9),
     nf4_midpoint(10), nf4_midpoint(11), nf4_midpoint(12), nf4_midpoint(13), nf4_midpoint(14),
 };
+
+/// The largest float that is not above m, |m| in [2^-126, 1].
+constexpr float float_below(double m) noexcept {
+  const auto nearest = static_cast<float>(m);
+  double binade = 1.0;
+  while (binade > (m < 0.0 ? -m : m)) binade *= 0.5;
+  return static_cast<double>(nearest) > m ? static_cast<float>(static_cast<double>(nearest) - binade * 0x1p-23)
+                                          : nearest;
+}
 }  // namespace detail
 
 /// The code of the level nearest to x (x = weight / scale); a tie takes the lower code. Values beyond +-1 take the

@@ -27,83 +27,62 @@ struct PackOptions {
 
 namespace detail {
 
-/// Eight 4-bit codes, k ascending from the low nibble up -> one unit's four bytes (low nibbles 0..3, high 4..7).
-constexpr std::uint32_t interleave_nibbles(std::uint32_t codes) noexcept {
-  const auto spread = [](std::uint32_t half) {
-    const std::uint32_t x = (half | half << 8) & 0x00FF00FFU;
-    return (x | x << 4) & 0x0F0F0F0FU;
-  };
-  return spread(codes & 0xFFFFU) | spread(codes >> 16) << 4;
-}
-
-/// The inverse of interleave_nibbles.
-constexpr std::uint32_t deinterleave_nibbles(std::uint32_t unit) noexcept {
-  const auto gather = [](std::uint32_t x) {
-    x &= 0x0F0F0F0FU;
-    x = (x | x >> 4) & 0x00FF00FFU;
-    return (x | x >> 8) & 0xFFFFU;
-  };
-  return gather(unit) | gather(unit >> 4) << 16;
-}
-
-/// Moves `bytes` of a row, four at a time, to or from words that lie one unit of all lanes apart. The last word's
-/// missing bytes count as zeros.
-template <bool Forward, class F>
-void move_words(std::uint8_t* row, std::uint8_t* words, std::size_t bytes, F&& convert) noexcept {
-  constexpr std::size_t unit = 4 * panel_width;
-  std::uint32_t word = 0;
-  std::size_t i = 0;
-  for (; i + 4 <= bytes; i += 4, words += unit) {
-    std::memcpy(&word, Forward ? row + i : words, 4);
-    word = convert(word);
-    std::memcpy(Forward ? words : row + i, &word, 4);
-  }
-  if (i == bytes) return;
-  word = 0;
-  std::memcpy(&word, Forward ? row + i : words, Forward ? bytes - i : 4);
-  word = convert(word);
-  std::memcpy(Forward ? words : row + i, &word, Forward ? 4 : bytes - i);
-}
-
-/// Copies one row between its C-order codes and its lane of a panel. `Forward`: row -> panel.
-template <bool Forward>
-void move_row(Format format, std::uint8_t* row, std::uint8_t* panel, std::size_t lane, std::size_t k) noexcept {
-  if (k == 0) return;  // there may be no memory to point into
-  const auto copy = [](std::uint8_t* in_row, std::uint8_t* in_panel, std::size_t bytes) {
-    Forward ? std::memcpy(in_panel, in_row, bytes) : std::memcpy(in_row, in_panel, bytes);
-  };
+/// What a row of codes consists of for the kernels that transpose it.
+inline LaneElement lane_element(Format format) noexcept {
   switch (format) {
-    case Format::fp32:
-      for (std::size_t i = 0; i < k; ++i) copy(row + 4 * i, panel + (i * panel_width + lane) * 4, 4);
-      break;
-    case Format::fp16:
-      for (std::size_t i = 0; i < k; ++i) copy(row + 2 * i, panel + (i * panel_width + lane) * 2, 2);
-      break;
-    case Format::bf16:
-      for (std::size_t i = 0; i < k; ++i)
-        copy(row + 2 * i, panel + ((i / 2 * panel_width + lane) * 2 + i % 2) * 2, 2);
-      break;
-    case Format::int8:
-      // code + 128 is the code with its top bit flipped, either way.
-      move_words<Forward>(row, panel + lane * 4, k, [](std::uint32_t word) { return word ^ 0x80808080U; });
-      break;
+    case Format::fp32: return LaneElement::words;
+    case Format::fp16: return LaneElement::halves;
+    case Format::bf16: return LaneElement::words;  // two k
+    case Format::int8: return LaneElement::int8_codes;
     case Format::int4:
-    case Format::nf4:
-      move_words<Forward>(row, panel + lane * 4, ceil_div(k, 2),
-                          Forward ? interleave_nibbles : deinterleave_nibbles);
-      break;
+    case Format::nf4: break;
   }
+  return LaneElement::int4_codes;
 }
 
-/// Which of the quantized matrix's parameters serves group g of a row in the kernels' grouping.
-inline std::size_t parameter_of(const Granularity& granularity, std::size_t groups, std::size_t row,
-                                std::size_t g) noexcept {
-  switch (granularity.kind) {
-    case Granularity::Kind::per_tensor: return 0;
-    case Granularity::Kind::per_channel: return row;
-    case Granularity::Kind::per_group: break;
+/// Codes of a panel's rows, or the way back.
+template <bool to_lanes>
+void move_codes(Format format, std::uint8_t* rows, std::size_t line_bytes, std::size_t row_count,
+                std::uint8_t* panel) noexcept {
+  LanesArgs args;
+  args.element = lane_element(format);
+  args.rows = rows;
+  args.row_stride = line_bytes;
+  args.row_count = row_count;
+  args.bytes = line_bytes;
+  args.lanes = panel;
+  args.step = panel_width * bytes_of(args.element);
+  if (args.bytes == 0) return;
+  (to_lanes ? kernels().rows_to_lanes : kernels().lanes_to_rows)(args);
+}
+
+/// Scales, offsets (of 4 or 2 bytes) or zero points (1) of a panel's rows, or the way back. In the quantized matrix they
+/// are [row][group], [row], or one; in the panel [group][16].
+template <bool to_lanes>
+void move_params(const Granularity& granularity, std::size_t size, std::uint8_t* all, std::size_t first_row,
+                 std::size_t row_count, std::size_t groups, std::uint8_t* panel) noexcept {
+  LanesArgs args;
+  args.element = size == 4 ? LaneElement::words : size == 2 ? LaneElement::halves : LaneElement::bytes;
+  args.row_count = row_count;
+  args.lanes = panel;
+  args.step = panel_width * size;
+  if (granularity.kind == Granularity::Kind::per_group) {
+    args.row_stride = args.bytes = groups * size;
+    args.rows = all + first_row * args.row_stride;
+    (to_lanes ? kernels().rows_to_lanes : kernels().lanes_to_rows)(args);
+    return;
   }
-  return granularity.group_size == 0 ? row : row * groups + g;
+  // One a row, or one for all; repeated where the kernels split a group that is too long for them.
+  const bool per_row = granularity.kind == Granularity::Kind::per_channel;
+  args.bytes = size;
+  args.row_stride = per_row ? size : 0;
+  args.rows = per_row ? all + first_row * size : all;
+  if (!to_lanes) {
+    if (!per_row) args.row_count = 1;
+    if (per_row || first_row == 0) kernels().lanes_to_rows(args);
+    return;
+  }
+  for (std::size_t g = 0; g < groups; ++g, args.lanes += args.step) kernels().rows_to_lanes(args);
 }
 
 /// Groups a row has in the quantized matrix (a kernel's may be more where one was split).
@@ -113,28 +92,38 @@ inline std::size_t quantized_groups(const PackedHeader& h) noexcept {
              : 1;
 }
 
-/// Sum of each row's values, in the order that a product with a token of ones has.
-inline Buffer channel_sums_of(const PanelView& w, std::size_t panels) {
-  Buffer sums(panels * panel_width * sizeof(float));
-  std::vector<std::int8_t> ones(w.k_padded, 0);
-  std::fill_n(ones.begin(), w.k, std::int8_t{1});
-  std::vector<std::int32_t> group_sums(w.groups);
-  for (std::size_t g = 0; g < w.groups; ++g)
-    group_sums[g] = static_cast<std::int32_t>(std::min(w.group_size, w.k - g * w.group_size));
-  IntGemmArgs args;
-  args.w = w;
-  args.panel_end = panels;
-  args.x = ones.data();
-  args.x_stride = w.k_padded;
-  args.x_sums = group_sums.data();
-  args.sums_stride = w.groups;
-  args.rows = 1;
-  args.acc = sums.as_mutable<float>();
-  args.acc_stride = panels * panel_width;
-  const KernelTable& kernels = detail::kernels();
-  (w.format == Format::int8 ? kernels.gemm_w8a8 : kernels.gemm_w4a8)(args);
-  return sums;
-}
+/// Sums of each row's values, in the order that a product with a token of ones has.
+class ChannelSums {
+ public:
+  explicit ChannelSums(const PanelView& w)
+      : w_(w), ones_(w.k_padded, 0), group_sums_(w.groups), sums_(round_up(w.n, panel_width) * sizeof(float)) {
+    std::fill_n(ones_.begin(), w.k, std::int8_t{1});
+    for (std::size_t g = 0; g < w.groups; ++g)
+      group_sums_[g] = static_cast<std::int32_t>(std::min(w.group_size, w.k - g * w.group_size));
+  }
+  /// Those of panels [begin, end).
+  void add(std::size_t begin, std::size_t end) {
+    IntGemmArgs args;
+    args.w = w_;
+    args.panel_begin = begin;
+    args.panel_end = end;
+    args.x = ones_.data();
+    args.x_stride = w_.k_padded;
+    args.x_sums = group_sums_.data();
+    args.sums_stride = w_.groups;
+    args.rows = 1;
+    args.acc = sums_.as_mutable<float>() + begin * panel_width;
+    args.acc_stride = (end - begin) * panel_width;
+    (w_.format == Format::int8 ? kernels().gemm_w8a8 : kernels().gemm_w4a8)(args);
+  }
+  Buffer take() { return std::move(sums_); }
+
+ private:
+  PanelView w_;
+  std::vector<std::int8_t> ones_;
+  std::vector<std::int32_t> group_sums_;
+  Buffer sums_;
+};
 
 }  // namespace detail
 
@@ -146,54 +135,65 @@ inline PackedMatrix pack(const QuantizedTensor& q, const PackOptions& options = 
   const PackedHeader header{q.scheme(), q.shape()[0], q.shape()[1]};
   const Granularity& granularity = header.scheme.granularity;
   const detail::PackedShape shape = detail::shape_of(header);
-  Buffer codes(shape.codes_bytes);
-  Buffer scales(shape.scales_bytes);
-  Buffer zeros(shape.zeros_bytes);
-  const std::size_t panel_bytes = detail::panel_bytes_of(header.scheme.format, shape.k_padded);
-  const std::size_t quantized_groups = detail::quantized_groups(header);
+  Buffer codes = Buffer::uninitialized(shape.codes_bytes);
+  Buffer scales = Buffer::uninitialized(shape.scales_bytes);
+  Buffer zeros = Buffer::uninitialized(shape.zeros_bytes);
   std::uint8_t* codes_out = codes.mutable_data();
   std::uint8_t* scales_out = scales.mutable_data();
   std::uint8_t* zeros_out = zeros.mutable_data();
+  const Format format = header.scheme.format;
+  const ScaleType scale_type = header.scheme.scale_type;
+  const std::size_t packed_size = bytes_of(shape.scale_type);
+  const std::size_t panel_bytes = detail::panel_bytes_of(format, shape.k_padded);
   const std::size_t line_bytes = q.line_bytes();
+  const std::size_t lane_bytes = bytes_of(detail::lane_element(format));
+  const std::size_t used_bytes = detail::round_up(line_bytes, lane_bytes) * detail::panel_width;
+  const bool with_sums = options.channel_sums && is_integer(format) && shape.params != 0;
+  detail::ChannelSums sums(with_sums ? detail::panel_view(header, shape, codes_out, scales_out, zeros_out)
+                                     : detail::PanelView{});
 
-  // One row's parameters into their lane; a bfloat16 becomes the float of the same value.
-  const auto place = [&](const Buffer& from, std::uint8_t* to, auto type, auto convert, std::size_t panel,
-                         std::size_t lane, std::size_t row) {
-    auto* target =
-        reinterpret_cast<decltype(convert(type))*>(to) + panel * shape.groups * detail::panel_width + lane;
-    for (std::size_t g = 0; g < shape.groups; ++g)
-      target[g * detail::panel_width] = convert(detail::scalar::load<decltype(type)>(
-          from.data(), detail::parameter_of(granularity, quantized_groups, row, g)));
-  };
-  const auto same = [](auto value) { return value; };
-  const auto place_scales = [&](const Buffer& from, std::uint8_t* to, std::size_t panel, std::size_t lane,
-                                std::size_t row) {
-    switch (header.scheme.scale_type) {
-      case ScaleType::fp32: place(from, to, 0.0F, same, panel, lane, row); break;
-      case ScaleType::fp16: place(from, to, std::uint16_t{}, same, panel, lane, row); break;
-      case ScaleType::bf16: place(from, to, std::uint16_t{}, float_from_bf16, panel, lane, row); break;
+  // Parameters of `count` rows. Rows are only read on their way to the lanes. A bfloat16 becomes the float of the same
+  // value.
+  const auto place = [&](const Buffer& from, std::uint8_t* to, std::size_t row, std::size_t count) {
+    auto* all = const_cast<std::uint8_t*>(from.data());
+    if (scale_type != ScaleType::bf16) {
+      detail::move_params<true>(granularity, packed_size, all, row, count, shape.groups, to);
+      return;
     }
+    const bool one = granularity.kind == Granularity::Kind::per_tensor;
+    const std::size_t each = granularity.kind == Granularity::Kind::per_group ? shape.groups : 1;
+    std::vector<std::uint16_t> bits((one ? 1 : count) * each);
+    std::vector<float> wide(bits.size());
+    std::memcpy(bits.data(), all + (one ? 0 : row) * each * 2, bits.size() * 2);
+    detail::kernels().float_from_bf16(bits.data(), bits.size(), wide.data());
+    detail::move_params<true>(granularity, packed_size, reinterpret_cast<std::uint8_t*>(wide.data()), 0, count,
+                              shape.groups, to);
   };
-
-  detail::for_tasks(options.pool, shape.panels, [&](std::size_t panel, std::size_t) {
-    for (std::size_t lane = 0; lane < detail::panel_width; ++lane) {
-      const std::size_t row = panel * detail::panel_width + lane;
-      if (row >= header.rows) break;
-      // The row is only read: Forward copies into the panel.
-      auto* line = const_cast<std::uint8_t*>(q.codes().data()) + row * line_bytes;
-      detail::move_row<true>(header.scheme.format, line, codes_out + panel * panel_bytes, lane, header.cols);
+  constexpr std::size_t panels_a_task = 4;
+  const auto pack_panels = [&](std::size_t task, std::size_t) {
+    const std::size_t end = std::min((task + 1) * panels_a_task, shape.panels);
+    for (std::size_t panel = task * panels_a_task; panel < end; ++panel) {
+      const std::size_t row = panel * detail::panel_width;
+      const std::size_t count = std::min(detail::panel_width, header.rows - row);
+      std::uint8_t* to = codes_out + panel * panel_bytes;
+      auto* from = const_cast<std::uint8_t*>(q.codes().data()) + row * line_bytes;
+      detail::move_codes<true>(format, from, line_bytes, count, to);
+      if (panel_bytes > used_bytes) std::memset(to + used_bytes, 0, panel_bytes - used_bytes);
       if (shape.params == 0) continue;
-      place_scales(q.scales(), scales_out, panel, lane, row);
+      const std::size_t param = panel * shape.groups * detail::panel_width;
+      place(q.scales(), scales_out + param * packed_size, row, count);
+      if (header.scheme.symmetry == Symmetry::float_offset)
+        place(q.zeros(), zeros_out + param * packed_size, row, count);
       if (header.scheme.symmetry == Symmetry::asymmetric)
-        place(q.zeros(), zeros_out, std::int8_t{}, same, panel, lane, row);
-      if (header.scheme.symmetry == Symmetry::float_offset) place_scales(q.zeros(), zeros_out, panel, lane, row);
+        detail::move_params<true>(granularity, 1, const_cast<std::uint8_t*>(q.zeros().data()), row, count,
+                                  shape.groups, zeros_out + param);
     }
-  });
-
-  PackedMatrix packed = PackedMatrix::from_parts(header, codes, scales, zeros);
-  if (!options.channel_sums || !is_integer(header.scheme.format) || shape.params == 0) return packed;
+    // While the codes are in the cache.
+    if (with_sums) sums.add(task * panels_a_task, end);
+  };
+  detail::for_tasks(options.pool, detail::ceil_div(shape.panels, panels_a_task), pack_panels);
   return PackedMatrix::from_parts(header, std::move(codes), std::move(scales), std::move(zeros),
-                                  detail::channel_sums_of(packed.view(), shape.panels));
+                                  with_sums ? sums.take() : Buffer());
 }
 
 template <class Q, class Kind>
@@ -212,47 +212,53 @@ PackedMatrix pack(const Eigen::MatrixBase<Derived>& w, const PackOptions& option
   return pack(QuantizedTensor::from_parts({}, {rows, cols}, std::move(codes)), options);
 }
 
-inline QuantizedTensor PackedMatrix::unpack() const {
-  const std::size_t quantized_groups = detail::quantized_groups(header_);
+inline QuantizedTensor PackedMatrix::unpack(ThreadPool* pool) const {
   const Granularity& granularity = header_.scheme.granularity;
-  const std::size_t line_bytes = detail::checked_mul(header_.cols, bits_of(format()), "line") / 8 +
-                                 (header_.cols * bits_of(format()) % 8 != 0 ? 1 : 0);
+  const bool one = granularity.kind == Granularity::Kind::per_tensor;
+  const bool grouped = granularity.kind == Granularity::Kind::per_group;
+  const std::size_t line_bits = detail::checked_mul(header_.cols, bits_of(format()), "line");
+  const std::size_t line_bytes = detail::ceil_div(line_bits, 8);
   std::size_t params = 0;
   if (has_scales(format())) {
-    params = granularity.kind == Granularity::Kind::per_tensor ? 1 : header_.rows * quantized_groups;
-    if (shape_.params == 0 && granularity.kind == Granularity::Kind::per_group) params = 0;
+    params = one ? 1 : header_.rows * detail::quantized_groups(header_);
+    if (shape_.params == 0 && grouped) params = 0;
   }
-  const std::size_t size = bytes_of(scheme().scale_type);
-  Buffer codes(header_.rows * line_bytes);
-  Buffer scales(params * size);
-  Buffer zeros(symmetry() == Symmetry::symmetric ? 0 : params * (symmetry() == Symmetry::asymmetric ? 1 : size));
+  const ScaleType type = scheme().scale_type;
+  const std::size_t zero_bytes = symmetry() == Symmetry::symmetric    ? 0
+                                 : symmetry() == Symmetry::asymmetric ? 1
+                                                                      : bytes_of(type);
+  Buffer codes = Buffer::uninitialized(header_.rows * line_bytes);
+  Buffer scales(params * bytes_of(type));
+  Buffer zeros(params * zero_bytes);
   const std::size_t panel_bytes = detail::panel_bytes_of(format(), shape_.k_padded);
-  const bool narrow = scheme().scale_type == ScaleType::bf16;
-  const auto place = [&](const Buffer& from, std::uint8_t* to, std::size_t packed_size, bool narrowing,
-                         std::size_t row) {
-    for (std::size_t g = 0; g < shape_.groups; ++g) {
-      const std::size_t panel = row / detail::panel_width;
-      const std::size_t source = (panel * shape_.groups + g) * detail::panel_width + row % detail::panel_width;
-      const std::size_t target = detail::parameter_of(granularity, quantized_groups, row, g);
-      if (narrowing) {
-        const std::uint16_t value = bf16_from_float(detail::scalar::load<float>(from.data(), source));
-        std::memcpy(to + target * 2, &value, sizeof value);
-      } else {
-        std::memcpy(to + target * packed_size, from.data() + source * packed_size, packed_size);
-      }
+  std::uint8_t* const codes_out = codes.mutable_data();
+  // Lanes are only read on their way to the rows. Packed bfloat16 scales are floats of the same value.
+  const auto place = [&](const Buffer& from, std::uint8_t* to, std::size_t row, std::size_t count) {
+    const std::size_t size = bytes_of(shape_.scale_type);
+    auto* lanes = const_cast<std::uint8_t*>(from.data()) + row * shape_.groups * size;
+    if (type != ScaleType::bf16) {
+      detail::move_params<false>(granularity, size, to, row, count, shape_.groups, lanes);
+      return;
     }
+    if (one && row != 0) return;
+    const std::size_t each = grouped ? shape_.groups : 1;
+    std::vector<float> wide((one ? 1 : count) * each);
+    detail::move_params<false>(granularity, size, reinterpret_cast<std::uint8_t*>(wide.data()), 0, count,
+                               shape_.groups, lanes);
+    detail::kernels().bf16_from_float(wide.data(), wide.size(), reinterpret_cast<std::uint16_t*>(to) + row * each);
   };
-  for (std::size_t row = 0; row < header_.rows; ++row) {
-    // The panel is only read: not Forward copies out of it.
-    auto* panel = const_cast<std::uint8_t*>(codes_.data()) + row / detail::panel_width * panel_bytes;
-    detail::move_row<false>(format(), codes.mutable_data() + row * line_bytes, panel, row % detail::panel_width,
-                            header_.cols);
-    if (params == 0) continue;
-    const std::size_t packed_size = bytes_of(shape_.scale_type);
-    place(scales_, scales.mutable_data(), packed_size, narrow, row);
-    if (symmetry() == Symmetry::asymmetric) place(zeros_, zeros.mutable_data(), 1, false, row);
-    if (symmetry() == Symmetry::float_offset) place(zeros_, zeros.mutable_data(), packed_size, narrow, row);
-  }
+  detail::for_tasks(pool, shape_.panels, [&](std::size_t panel, std::size_t) {
+    const std::size_t row = panel * detail::panel_width;
+    const std::size_t count = std::min(detail::panel_width, header_.rows - row);
+    detail::move_codes<false>(format(), codes_out + row * line_bytes, line_bytes, count,
+                              const_cast<std::uint8_t*>(codes_.data()) + panel * panel_bytes);
+    if (shape_.params == 0) return;
+    place(scales_, scales.mutable_data(), row, count);
+    if (symmetry() == Symmetry::float_offset) place(zeros_, zeros.mutable_data(), row, count);
+    if (symmetry() == Symmetry::asymmetric)
+      detail::move_params<false>(granularity, 1, zeros.mutable_data(), row, count, shape_.groups,
+                                 const_cast<std::uint8_t*>(zeros_.data()) + row * shape_.groups);
+  });
   return QuantizedTensor::from_parts(scheme(), {header_.rows, header_.cols}, std::move(codes), std::move(scales),
                                      std::move(zeros));
 }

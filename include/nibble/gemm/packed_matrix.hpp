@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -13,6 +14,8 @@
 #include "nibble/formats/nf4.hpp"
 #include "nibble/kernels/dispatch.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/core/thread_pool.hpp"
+#include "nibble/kernels/scalar/lanes.hpp"
 #include "nibble/kernels/scalar/panel.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 
@@ -87,6 +90,87 @@ inline PackedShape shape_of(const PackedHeader& h) {
   return shape;
 }
 
+/// A packed matrix as kernels see it.
+inline PanelView panel_view(const PackedHeader& header, const PackedShape& shape, const std::uint8_t* codes,
+                            const void* scales, const void* zeros) noexcept {
+  PanelView w;
+  w.format = header.scheme.format;
+  w.symmetry = header.scheme.symmetry;
+  w.scale_type = shape.scale_type;
+  w.n = header.rows;
+  w.k = header.cols;
+  w.k_padded = shape.k_padded;
+  w.group_size = shape.group_size;
+  w.groups = shape.groups;
+  w.codes = codes;
+  w.panel_bytes = panel_bytes_of(w.format, shape.k_padded);
+  w.scales = scales;
+  w.zeros = zeros;
+  w.codebook = nf4_levels;
+  return w;
+}
+
+/// Values of one row out of its panel: the lane's codes and parameters are gathered, a stretch at a time, and decoded as
+/// a line.
+inline void dequantize_lane(const PanelView& w, std::size_t row, float* out) noexcept {
+  const std::size_t panel = row / panel_width;
+  const std::size_t lane = row % panel_width;
+  const std::uint8_t* codes = w.codes + panel * w.panel_bytes;
+  constexpr std::size_t chunk = 1024;
+  if (!has_scales(w.format)) {
+    std::uint16_t bits[chunk];
+    for (std::size_t k = 0, n; k < w.k; k += n) {
+      n = std::min(chunk, w.k - k);
+      if (w.format == Format::fp32)
+        for (std::size_t i = k; i < k + n; ++i) out[i] = scalar::load<float>(codes, i * panel_width + lane);
+      else if (w.format == Format::fp16)
+        for (std::size_t i = k; i < k + n; ++i)
+          bits[i - k] = scalar::load<std::uint16_t>(codes, i * panel_width + lane);
+      else
+        for (std::size_t i = k; i < k + n; ++i)
+          bits[i - k] = scalar::load<std::uint16_t>(codes, (i / 2 * panel_width + lane) * 2 + i % 2);
+      if (w.format == Format::fp16) kernels().float_from_fp16(bits, n, out + k);
+      if (w.format == Format::bf16) kernels().float_from_bf16(bits, n, out + k);
+    }
+    return;
+  }
+  std::uint32_t words[chunk / 4];
+  float scales[chunk / 16];
+  float offsets[chunk / 16];
+  std::int8_t zeros[chunk / 16];
+  const bool bytes = w.format == Format::int8;
+  const std::size_t codes_a_word = bytes ? 4 : 8;
+  for (std::size_t k = 0, n; k < w.k; k += n) {
+    // Whole groups, or a part of a long one; either begins with a word.
+    const bool whole = w.group_size < chunk;
+    n = std::min(w.k - k,
+                 whole ? chunk / w.group_size * w.group_size : std::min(chunk, w.group_size - k % w.group_size));
+    const std::size_t groups = whole ? ceil_div(n, w.group_size) : 1;
+    for (std::size_t i = 0; i < ceil_div(n, codes_a_word); ++i) {
+      const auto word = scalar::load<std::uint32_t>(codes, (k / codes_a_word + i) * panel_width + lane);
+      words[i] = bytes ? word ^ 0x80808080U : scalar::deinterleave_nibbles(word);
+    }
+    for (std::size_t g = 0; g < groups; ++g) {
+      const std::size_t param = (panel * w.groups + k / w.group_size + g) * panel_width + lane;
+      scales[g] = scalar::scale_at(w, param);
+      if (w.symmetry == Symmetry::float_offset) offsets[g] = scalar::offset_at(w, param);
+      if (w.symmetry == Symmetry::asymmetric) zeros[g] = static_cast<const std::int8_t*>(w.zeros)[param];
+    }
+    DequantizeGroupsArgs args;
+    args.format = w.format;
+    args.q = reinterpret_cast<const std::uint8_t*>(words);
+    args.n = n;
+    args.group = whole ? w.group_size : chunk;
+    args.scales = scales;
+    if (w.symmetry == Symmetry::float_offset) args.offsets = offsets;
+    if (w.symmetry == Symmetry::asymmetric) args.zeros = zeros;
+    if (w.symmetry == Symmetry::symmetric && w.format == Format::int4) args.zero = Int4::symmetric_zero;
+    args.codebook = w.codebook;
+    args.x = out + k;
+    kernels().dequantize_groups(args);
+  }
+}
+
 }  // namespace detail
 
 /// An n x k weight matrix (output channels x inputs) in the layout that kernels read: what pack() makes, what products
@@ -152,82 +236,67 @@ class PackedMatrix {
   void dequantize_row(Eigen::Index r, float* out) const {
     detail::require(r >= 0 && r < rows(), "row is ", r, ", expected 0 to ", rows() - 1);
     const detail::FpEnvironment environment;
-    const detail::PanelView w = view();
-    const auto panel = static_cast<std::size_t>(r) / detail::panel_width;
-    const auto lane = static_cast<std::size_t>(r) % detail::panel_width;
-    for (std::size_t k = 0; k < w.k; ++k) out[k] = detail::scalar::value_at(w, panel, lane, k);
+    detail::dequantize_lane(view(), static_cast<std::size_t>(r), out);
   }
 
-  /// All values, n x k.
-  Eigen::MatrixXf dequantize() const {
+  /// All values, n x k. pool: threads to work with; nullptr: the calling one.
+  Eigen::MatrixXf dequantize(ThreadPool* pool = nullptr) const {
     const detail::FpEnvironment environment;
     Eigen::MatrixXf values(rows(), cols());
     const detail::PanelView w = view();
-    std::vector<float> panel(detail::panel_width * w.k);
-    for (std::size_t p = 0; p < shape_.panels; ++p) {
-      detail::kernels().unpack({w, p, p + 1, 0, w.k, panel.data(), panel.size()});
-      const Eigen::Index row = static_cast<Eigen::Index>(p * detail::panel_width);
-      const Eigen::Index height = std::min<Eigen::Index>(detail::panel_width, rows() - row);
-      values.middleRows(row, height) =
-          Eigen::Map<const Eigen::MatrixXf>(panel.data(), detail::panel_width, cols()).topRows(height);
-    }
+    // Four panels are 256 bytes of a column; 256 columns of them stay in the second-level cache.
+    constexpr std::size_t panels_a_task = 4;
+    constexpr std::size_t depth = 256;
+    constexpr std::size_t stride = depth * detail::panel_width;
+    const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
+    std::vector<float> rooms(threads * panels_a_task * stride);
+    detail::for_tasks(
+        pool, detail::ceil_div(shape_.panels, panels_a_task), [&](std::size_t task, std::size_t thread) {
+          const std::size_t first = task * panels_a_task;
+          const std::size_t end = std::min(first + panels_a_task, shape_.panels);
+          const std::size_t height = std::min(end * detail::panel_width, w.n) - first * detail::panel_width;
+          float* room = rooms.data() + thread * panels_a_task * stride;
+          for (std::size_t k = 0; k < w.k; k += depth) {
+            const std::size_t k_end = std::min(w.k, k + depth);
+            detail::kernels().unpack({w, first, end, k, k_end, room, stride});
+            for (std::size_t column = k; column < k_end; ++column) {
+              const float* from = room + (column - k) * detail::panel_width;
+              float* to = values.data() + column * w.n + first * detail::panel_width;
+              std::size_t done = 0;
+              for (; done + detail::panel_width <= height; done += detail::panel_width, from += stride)
+                std::memcpy(to + done, from, detail::panel_width * sizeof(float));
+              if (done < height) std::memcpy(to + done, from, (height - done) * sizeof(float));
+            }
+          }
+        });
     return values;
   }
 
-  /// The quantized matrix that was packed, code by code and scale by scale.
-  QuantizedTensor unpack() const;
+  /// The quantized matrix that was packed, code by code and scale by scale. pool: as above.
+  QuantizedTensor unpack(ThreadPool* pool = nullptr) const;
 
   /// The matrix as kernels see it; valid as long as this object or a copy of it.
   detail::PanelView view() const noexcept {
-    detail::PanelView w;
-    w.format = format();
-    w.symmetry = symmetry();
-    w.scale_type = shape_.scale_type;
-    w.n = header_.rows;
-    w.k = header_.cols;
-    w.k_padded = shape_.k_padded;
-    w.group_size = shape_.group_size;
-    w.groups = shape_.groups;
-    w.codes = codes_.data();
-    w.panel_bytes = detail::panel_bytes_of(format(), shape_.k_padded);
-    w.scales = scales_.data();
-    w.zeros = zeros_.data();
-    w.codebook = nf4_levels;
-    return w;
+    return detail::panel_view(header_, shape_, codes_.data(), scales_.data(), zeros_.data());
   }
   std::size_t panels() const noexcept { return shape_.panels; }
 
  private:
-  /// Throws unless all `params` scales or offsets are finite: no exponent is all ones. Every load of a model comes
-  /// through here, so they are looked at 64 bytes at a time: adding one to the exponents, their signs masked, carries into
-  /// the sign of those that are all ones.
+  /// Throws unless all `params` scales or offsets are finite.
   void check_finite(const Buffer& buffer, const char* what) const {
-    const bool wide = shape_.scale_type == ScaleType::fp32;
-    const std::uint64_t exponent = wide ? 0x7F8000007F800000U : 0x7C007C007C007C00U;
-    const std::uint64_t one = wide ? 0x0080000000800000U : 0x0400040004000400U;
-    const std::uint64_t carry = wide ? 0x8000000080000000U : 0x8000800080008000U;
-    constexpr std::size_t words = 8;
-    const std::size_t lines = buffer.size() / (words * sizeof(std::uint64_t));
-    std::size_t line = 0;
-    for (; line < lines; ++line) {
-      std::uint64_t sums = 0;
-      for (std::size_t i = 0; i < words; ++i)
-        sums |= (detail::scalar::load<std::uint64_t>(buffer.data(), line * words + i) & exponent) + one;
-      if ((sums & carry) != 0) break;
-    }
-    const auto bad = [&](std::size_t i) {
-      return wide ? (detail::scalar::load<std::uint32_t>(buffer.data(), i) & 0x7F800000U) == 0x7F800000U
-                  : (detail::scalar::load<std::uint16_t>(buffer.data(), i) & 0x7C00U) == 0x7C00U;
-    };
-    std::size_t first = line * words * sizeof(std::uint64_t) / bytes_of(shape_.scale_type);
-    while (first < shape_.params && !bad(first)) ++first;
-    detail::require(first == shape_.params, "packed ", what, " ", first, " is not finite");
+    if (detail::all_finite(buffer.data(), shape_.scale_type, shape_.params)) return;
+    std::size_t first = 0;
+    while (detail::scalar::is_finite(detail::scalar::storage_to_float(buffer.data(), shape_.scale_type, first)))
+      ++first;
+    detail::raise<InvalidArgument>(detail::concat("packed ", what, " ", first, " is not finite"));
   }
 
   void check_parameters() const {
+    if (shape_.params == 0) return;
     check_finite(scales_, "scale");
     if (symmetry() == Symmetry::float_offset) check_finite(zeros_, "offset");
-    if (symmetry() == Symmetry::asymmetric && format() == Format::int4)
+    if (symmetry() == Symmetry::asymmetric && format() == Format::int4 &&
+        !detail::all_nibbles(zeros_.data(), shape_.params))
       for (std::size_t i = 0; i < shape_.params; ++i) {
         const int zero = zeros_.as<std::int8_t>()[i];
         detail::require(zero >= 0 && zero <= 15, "packed zero point ", i, " is ", zero, ", expected 0 to 15");

@@ -340,6 +340,110 @@ struct RopeArgs {
   float scale = 1.0F;
 };
 
+/// Smallest and largest value of every run of `group` elements (the last may be shorter): lows[g], highs[g]. A zero is
+/// the positive one. False where x holds NaN or Inf: lows and highs then say nothing.
+struct GroupRangesArgs {
+  const float* x = nullptr;
+  std::size_t n = 0;
+  std::size_t group = 0;   // a multiple of 16
+  float* lows = nullptr;   // [ceil(n / group)]
+  float* highs = nullptr;  // [ceil(n / group)]
+};
+
+/// Grids for ranges, as the quantizer's GridFitter makes them. The common case alone: where irregular[g] is set, the
+/// other results for g say nothing, and GridFitter has to be asked. For each g, every operation rounded to float
+/// (stored(v): to scale_type and back; steps = qmax - qmin; smallest: 2^-24 for fp16, else FLT_MIN):
+///
+///   integer and nf4, symmetric: s = max(-lo / (zero - qmin), hi / (qmax - zero)); nf4: max(-lo, hi)
+///   asymmetric: lo = min(lo, 0), hi = max(hi, 0); s = hi / steps - lo / steps
+///   float_offset: s = (hi - lo) / steps
+///   scale = max(stored(s), smallest); 1 where lo = hi = 0
+///   asymmetric: zero = clamp(rne(qmin - lo / scale), qmin, qmax); up to twice, where the scale is 16 bits and hi or lo
+///     falls outside of the grid [(qmin - zero - 1/2) scale, (qmax - zero + 1/2) scale], with the next larger scale
+///   float_offset: offset = stored(fma(-qmin, scale, lo))
+///   irregular: scale beyond 2^-90..2^90, or above 65504 for fp16; |offset| > 2^90; a 16-bit scale of the symmetric kind, or any of the
+///     float_offset kind, whose grid misses lo or hi by (nearly) half a step; a next scale wanted below 2^-14
+struct FitRangesArgs {
+  const float* lows = nullptr;  // finite, lows[g] <= highs[g]
+  const float* highs = nullptr;
+  std::size_t n = 0;
+  Format format = Format::int8;
+  Symmetry symmetry = Symmetry::symmetric;
+  ScaleType scale_type = ScaleType::fp32;
+  std::int32_t zero = 0;  // symmetric: 8 for int4
+  std::int32_t qmin = 0;
+  std::int32_t qmax = 0;
+  float* scales = nullptr;            // values of scale_type
+  float* offsets = nullptr;           // float_offset: values of scale_type
+  std::int8_t* zeros = nullptr;       // asymmetric
+  std::uint8_t* irregular = nullptr;  // 0 or 1
+};
+
+/// lows[i] = min(lows[i], x[i]), highs[i] = max(highs[i], x[i]); zeros as GroupRangesArgs has them. x is finite.
+struct WidenRangesArgs {
+  const float* x = nullptr;
+  std::size_t n = 0;
+  float* lows = nullptr;
+  float* highs = nullptr;
+};
+
+/// Codes of a line, as a quantized tensor stores them (a byte a code, or two codes a byte, the even one in the low
+/// half; a last half without a code is 0). Elements g * group .. g * group + group - 1 share parameter g:
+///   int8, int4: clamp(rne((x - offsets[g]) / scales[g]) + zeros[g], qmin, qmax), each operation rounded to float
+///   nf4: the level nearest to x / scales[g], the lower one of two
+struct QuantizeGroupsArgs {
+  Format format = Format::int8;
+  const float* x = nullptr;
+  std::size_t n = 0;
+  std::size_t group = 0;               // a multiple of 16, or 1: a parameter an element
+  const float* scales = nullptr;       // [ceil(n / group)], not 0
+  const float* offsets = nullptr;      // the same; nullptr: 0
+  const std::int8_t* zeros = nullptr;  // the same; nullptr: `zero`
+  std::int32_t zero = 0;
+  std::int32_t qmin = 0;
+  std::int32_t qmax = 0;
+  std::uint8_t* q = nullptr;
+};
+
+/// Values of a line of such codes: scale * float(q - zero); with offsets fma(scale, float(q), offset); nf4: scale * level[q].
+struct DequantizeGroupsArgs {
+  Format format = Format::int8;
+  const std::uint8_t* q = nullptr;
+  std::size_t n = 0;
+  std::size_t group = 0;               // a multiple of 16, or 1
+  const float* scales = nullptr;       // [ceil(n / group)]
+  const float* offsets = nullptr;      // the same, or nullptr
+  const std::int8_t* zeros = nullptr;  // the same; nullptr: `zero`
+  std::int32_t zero = 0;
+  const float* codebook = nullptr;  // nf4: 16 levels
+  float* x = nullptr;
+};
+
+/// What a row of LanesArgs consists of.
+enum class LaneElement : std::uint8_t {
+  bytes,       // 1 byte
+  halves,      // 2 bytes
+  words,       // 4 bytes
+  int8_codes,  // 4 int8 codes <-> 4 uint8, 128 added
+  int4_codes,  // 8 nibbles, k ascending from the low half up <-> low halves k = 0..3, high halves k = 4..7
+};
+constexpr std::size_t bytes_of(LaneElement e) noexcept {
+  return e == LaneElement::bytes ? 1 : e == LaneElement::halves ? 2 : 4;
+}
+
+/// Rows of bytes <-> the lanes of a panel: element e of row r lies at lanes + e * step + r * bytes_of(element).
+/// A last element that `bytes` cuts short counts as filled up with zeros (before conversion), and is cut short on its
+/// way back to the rows. Towards the lanes, rows that do not exist (rows < 16) give zero bytes.
+struct LanesArgs {
+  LaneElement element = LaneElement::bytes;
+  std::uint8_t* rows = nullptr;  // [row_count][row_stride]; only read on the way to the lanes
+  std::size_t row_stride = 0;
+  std::size_t row_count = 0;      // at most 16
+  std::size_t bytes = 0;          // of a row
+  std::uint8_t* lanes = nullptr;  // only read on the way to the rows
+  std::size_t step = 0;           // at least 16 elements
+};
+
 }  // namespace detail
 }  // namespace NIBBLE_ABI
 }  // namespace nibble

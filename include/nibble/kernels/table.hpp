@@ -119,6 +119,15 @@ struct KernelTable {
   void (*float_from_fp16)(const std::uint16_t* x, std::size_t n, float* out) noexcept = nullptr;
   void (*bf16_from_float)(const float* x, std::size_t n, std::uint16_t* out) noexcept = nullptr;
   void (*float_from_bf16)(const std::uint16_t* x, std::size_t n, float* out) noexcept = nullptr;
+
+  // Lines of groups, and rows as lanes.
+  bool (*group_ranges)(const GroupRangesArgs&) noexcept = nullptr;
+  void (*fit_ranges)(const FitRangesArgs&) noexcept = nullptr;
+  void (*widen_ranges)(const WidenRangesArgs&) noexcept = nullptr;
+  void (*quantize_groups)(const QuantizeGroupsArgs&) noexcept = nullptr;
+  void (*dequantize_groups)(const DequantizeGroupsArgs&) noexcept = nullptr;
+  void (*rows_to_lanes)(const LanesArgs&) noexcept = nullptr;
+  void (*lanes_to_rows)(const LanesArgs&) noexcept = nullptr;
 };
 
 }  // namespace detail

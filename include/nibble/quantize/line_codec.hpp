@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "nibble/core/fp_env.hpp"
 #include "nibble/formats/int4.hpp"
@@ -53,10 +54,46 @@ inline float decode(const ParamStorage& params, const Grid& g, int code) noexcep
   return rounded(g.scale * static_cast<float>(code - g.zero));
 }
 
-inline std::int8_t encode(const ParamStorage& params, const Grid& g, float x) noexcept {
-  if (params.format == Format::nf4) return static_cast<std::int8_t>(nf4_from_float(rounded(x / g.scale)));
-  const float ratio = rounded(rounded(x - g.offset) / g.scale);
-  return static_cast<std::int8_t>(scalar::to_code(ratio, g.zero, params.codes.min, params.codes.max));
+/// True where all n values of a buffer of scales or offsets are finite: 8 bytes a step, for every load of a model comes
+/// through here.
+inline bool all_finite(const void* values, ScaleType type, std::size_t n) noexcept {
+  // A value whose exponent bits are all set carries into the bit above when one is added to its exponent.
+  const std::uint64_t exponents = type == ScaleType::fp32   ? 0x7F8000007F800000U
+                                  : type == ScaleType::fp16 ? 0x7C007C007C007C00U
+                                                            : 0x7F807F807F807F80U;
+  const std::uint64_t ones = type == ScaleType::fp32   ? 0x0080000000800000U
+                             : type == ScaleType::fp16 ? 0x0400040004000400U
+                                                       : 0x0080008000800080U;
+  const std::uint64_t carries = type == ScaleType::fp32 ? 0x8000000080000000U : 0x8000800080008000U;
+  const std::size_t bytes = n * bytes_of(type);
+  const auto* at = static_cast<const std::uint8_t*>(values);
+  std::uint64_t found = 0;
+  std::size_t i = 0;
+  for (; i + 32 <= bytes; i += 32) {
+    std::uint64_t words[4];
+    std::memcpy(words, at + i, 32);
+    for (const std::uint64_t word : words) found |= (word & exponents) + ones;
+  }
+  for (; i < bytes; i += 8) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, at + i, std::min<std::size_t>(8, bytes - i));
+    found |= (word & exponents) + ones;
+  }
+  return (found & carries) == 0;
+}
+
+/// True where all n zero points of int4 codes are 0 to 15.
+inline bool all_nibbles(const void* zeros, std::size_t n) noexcept {
+  const auto* at = static_cast<const std::uint8_t*>(zeros);
+  std::uint64_t found = 0;
+  std::size_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, at + i, 8);
+    found |= word;
+  }
+  for (; i < n; ++i) found |= at[i];
+  return (found & 0xF0F0F0F0F0F0F0F0U) == 0;
 }
 
 /// Elements from `i` on, up to n, that share element i's parameter.
@@ -64,48 +101,104 @@ inline std::size_t run_length(const LineParams& line, std::size_t i, std::size_t
   return line.step == 0 ? n - i : std::min(n - i, line.div - i % line.div);
 }
 
-/// Codes of elements [begin, end) of a line, one code a byte, from x[0 .. end - begin).
-inline void encode_line(const ParamStorage& params, const LineParams& line, std::size_t begin, std::size_t end,
-                        const float* x, std::int8_t* codes) {
-  for (std::size_t i = begin, run; i < end; i += run, x += run, codes += run) {
-    const Grid g = params.grid(line.index(i));
-    run = run_length(line, i, end);
-    if (params.format == Format::nf4 || run == 1) {
-      for (std::size_t j = 0; j < run; ++j) codes[j] = encode(params, g, x[j]);
+/// A part of a line that one call of a kernel takes, and its parameters as floats.
+struct LineStretch {
+  static constexpr std::size_t max_params = 256;
+  std::size_t n = 0;
+  std::size_t group = 0;  // as the kernels have it
+  std::size_t first_param = 0;
+  std::size_t params = 0;
+  float scales[max_params];
+  float offsets[max_params];
+
+  /// The longest stretch from element i on, up to end. Does not load the parameters.
+  void place(const LineParams& line, std::size_t i, std::size_t end) noexcept {
+    first_param = line.index(i);
+    if (line.per_element()) {
+      n = params = std::min(end - i, max_params);
+      group = 1;
+    } else if (line.step == 0 || i % line.div != 0) {
+      n = run_length(line, i, end);
+      params = 1;
+      group = round_up(n, 16);
     } else {
-      QuantizeLineArgs args;
-      args.x = x;
-      args.n = run;
-      args.scale = g.scale;
-      args.offset = g.offset;
-      args.zero = g.zero;
-      args.qmin = params.codes.min;
-      args.qmax = params.codes.max;
-      args.q = codes;
-      kernels().quantize_line(args);
+      n = std::min(end - i, checked_groups(line.div));
+      params = ceil_div(n, line.div);
+      group = line.div;
     }
+  }
+  void load(const ParamStorage& p) noexcept {
+    load_floats(p.scales, p.scale_type, scales);
+    if (p.symmetry == Symmetry::float_offset) load_floats(p.zeros, p.scale_type, offsets);
+  }
+
+ private:
+  static std::size_t checked_groups(std::size_t div) noexcept {
+    constexpr auto most = static_cast<std::size_t>(-1) / 2;
+    return div > most / max_params ? most : div * max_params;
+  }
+  void load_floats(const void* from, ScaleType type, float* to) const noexcept {
+    if (params == 1) {
+      *to = scalar::storage_to_float(from, type, first_param);
+    } else if (type == ScaleType::fp32) {
+      std::memcpy(to, static_cast<const std::uint8_t*>(from) + first_param * 4, params * 4);
+    } else {
+      std::uint16_t bits[max_params];  // storage may lie at odd addresses
+      std::memcpy(bits, static_cast<const std::uint8_t*>(from) + first_param * 2, params * 2);
+      (type == ScaleType::fp16 ? kernels().float_from_fp16 : kernels().float_from_bf16)(bits, params, to);
+    }
+  }
+};
+
+/// Fills what codes and values have in common.
+template <class Args>
+void set_parameters(Args& args, const ParamStorage& params, const LineStretch& stretch) noexcept {
+  args.format = params.format;
+  args.n = stretch.n;
+  args.group = stretch.group;
+  args.scales = stretch.scales;
+  if (params.symmetry == Symmetry::float_offset) args.offsets = stretch.offsets;
+  if (params.symmetry == Symmetry::asymmetric)
+    args.zeros = static_cast<const std::int8_t*>(params.zeros) + stretch.first_param;
+  else if (params.symmetry == Symmetry::symmetric && params.format == Format::int4)
+    args.zero = Int4::symmetric_zero;
+}
+
+/// Bytes that lie before element i of a line of int8, int4 or nf4 codes; i is even for the last two.
+inline std::size_t code_offset(Format format, std::size_t i) noexcept {
+  return format == Format::int8 ? i : i / 2;
+}
+
+/// Codes of a line's n elements, as they are stored.
+inline void encode_line(const ParamStorage& params, const LineParams& line, std::size_t n, const float* x,
+                        std::uint8_t* codes) noexcept {
+  LineStretch stretch;
+  for (std::size_t i = 0; i < n; i += stretch.n) {
+    stretch.place(line, i, n);
+    stretch.load(params);
+    QuantizeGroupsArgs args;
+    set_parameters(args, params, stretch);
+    args.x = x + i;
+    args.qmin = params.codes.min;
+    args.qmax = params.codes.max;
+    args.q = codes + code_offset(params.format, i);
+    kernels().quantize_groups(args);
   }
 }
 
-/// Values of elements [begin, end) of a line, from codes[0 .. end - begin), one code a byte, to out[0 .. end - begin).
+/// Values of elements [begin, end) of a line, from the line's codes, to out[0 .. end - begin). begin is even for 4 bits.
 inline void decode_line(const ParamStorage& params, const LineParams& line, std::size_t begin, std::size_t end,
-                        const std::int8_t* codes, float* out) {
-  for (std::size_t i = begin, run; i < end; i += run, codes += run, out += run) {
-    const Grid g = params.grid(line.index(i));
-    run = run_length(line, i, end);
-    if (params.format == Format::nf4 || run == 1) {
-      for (std::size_t j = 0; j < run; ++j) out[j] = decode(params, g, codes[j]);
-    } else {
-      DequantizeLineArgs args;
-      args.q = codes;
-      args.n = run;
-      args.scale = g.scale;
-      args.has_offset = params.symmetry == Symmetry::float_offset;
-      args.offset = g.offset;
-      args.zero = g.zero;
-      args.x = out;
-      kernels().dequantize_line(args);
-    }
+                        const std::uint8_t* codes, float* out) noexcept {
+  LineStretch stretch;
+  for (std::size_t i = begin; i < end; i += stretch.n) {
+    stretch.place(line, i, end);
+    stretch.load(params);
+    DequantizeGroupsArgs args;
+    set_parameters(args, params, stretch);
+    args.q = codes + code_offset(params.format, i);
+    args.codebook = nf4_levels;
+    args.x = out + (i - begin);
+    kernels().dequantize_groups(args);
   }
 }
 

@@ -1,14 +1,18 @@
 // Quantizing through the erased view: the one implementation behind every typed quantizer.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "nibble/core/buffer.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/range.hpp"
@@ -19,18 +23,27 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail {
 
+/// All blocks of a layout, in for_each_block's order: the tasks of a thread pool.
+inline std::vector<LineBlock> blocks_of(const StridedLayout& layout) {
+  std::vector<LineBlock> blocks;
+  for_each_block(layout, [&blocks](const LineBlock& block) { blocks.push_back(block); });
+  return blocks;
+}
+
 /// One pass over a tensor: fits grids (or takes the ranges it is given) and hands out each line's codes.
 class ViewQuantizer {
  public:
-  /// ranges: empty to fit minimum and maximum; else one for all parameters or one a parameter.
-  ViewQuantizer(const InputView& x, const Scheme& scheme, const Ranges& ranges)
+  /// ranges: empty to fit minimum and maximum; else one for all parameters or one a parameter. Threads change nothing:
+  /// smallest and largest do not depend on the order in which they are found.
+  ViewQuantizer(const InputView& x, const Scheme& scheme, const Ranges& ranges, ThreadPool* pool)
       : x_(x),
+        pool_(pool),
         layout_(scheme, x.layout.shape()),
-        reader_(x, bits_of(layout_.scheme.format) == 16 ? Narrowing::to_odd : Narrowing::nearest),
-        scales_(layout_.scale_bytes()),
-        zeros_(layout_.zero_bytes()),
+        scales_(Buffer::uninitialized(layout_.scale_bytes())),
+        zeros_(Buffer::uninitialized(layout_.zero_bytes())),
         params_(layout_.storage(scales_.data(), zeros_.data())),
-        fitter_(layout_.scheme) {
+        fitter_(layout_.scheme),
+        blocks_(blocks_of(x.layout)) {
     const std::size_t count = layout_.param_count();
     if (count == 0) return;
     if (!ranges.empty()) {
@@ -39,44 +52,46 @@ class ViewQuantizer {
       for (std::size_t p = 0; p < count; ++p) store(p, fitter_.fit(ranges[ranges.size() == 1 ? 0 : p], p));
       given_ = true;
     } else {
-      ranges_.resize(count);
       fit_on_the_fly_ = each_line_has_its_own() && layout_.line_count * layout_.line_length != 0;
-      if (fit_on_the_fly_) return;
-      for_each_block(x_.layout, [this](const LineBlock& block) {
-        reader_.read(block, [this](std::size_t l, const float* line) { observe(l, line); });
-      });
-      for (std::size_t p = 0; p < count; ++p) store(p, fitter_.fit(ranges_[p], p));
+      if (!fit_on_the_fly_) fit_first();
     }
   }
 
   const CodeLayout& layout() const noexcept { return layout_; }
   Buffer take_scales() { return std::move(scales_); }
   Buffer take_zeros() { return std::move(zeros_); }
+  std::size_t threads() const noexcept {
+    return pool_ == nullptr ? 1 : static_cast<std::size_t>(pool_->threads());
+  }
 
-  /// Calls on_line(block, index within the block, line number, x as fp32) and on_block_end(block).
+  /// Calls on_line(thread, block, index within the block, line number, x as fp32) and on_block_end(thread, block): blocks
+  /// in any order, on any thread.
   template <class OnLine, class OnBlockEnd>
   void run(OnLine&& on_line, OnBlockEnd&& on_block_end) {
-    for_each_block(x_.layout, [&](const LineBlock& block) {
+    fits_.resize(threads());
+    each_block([&](std::size_t thread, LineReader& reader, const LineBlock& block) {
       std::size_t within = 0;
-      reader_.read(block, [&](std::size_t l, const float* line) {
-        if (fit_on_the_fly_) {
-          observe(l, line);
-          fit_line(l);
-        } else if (given_) {
+      reader.read(block, [&](std::size_t l, const float* line) {
+        if (fit_on_the_fly_)
+          fit_line(l, line);
+        else if (given_)
           check_finite(l, line);
-        }
-        on_line(block, within++, l, line);
+        on_line(thread, block, within++, l, line);
       });
-      on_block_end(block);
+      on_block_end(thread, block);
     });
   }
 
-  /// int8, int4 and nf4: line l's codes, one a byte.
-  void encode(std::size_t l, const float* line, std::int8_t* codes) const {
-    encode_line(params_, layout_.params.line(l), 0, layout_.line_length, line, codes);
+  /// int8, int4 and nf4: line l's codes as they are stored. Groups are fitted here.
+  void encode(std::size_t thread, std::size_t l, const float* line, std::uint8_t* codes) {
+    const LineParams where = layout_.params.line(l);
+    if (!fit_on_the_fly_ || where.step == 0)
+      encode_line(params_, where, layout_.line_length, line, codes);
+    else
+      fit_and_encode(l, line, codes, fits_[thread]);
   }
   /// The values of those codes.
-  void decode(std::size_t l, const std::int8_t* codes, float* out) const {
+  void decode(std::size_t l, const std::uint8_t* codes, float* out) const noexcept {
     decode_line(params_, layout_.params.line(l), 0, layout_.line_length, codes, out);
   }
   /// fp16 and bf16: line l's codes. Throws InvalidArgument for a value that does not fit.
@@ -101,6 +116,47 @@ class ViewQuantizer {
   }
 
  private:
+  /// Ranges of consecutive parameters.
+  struct Extremes {
+    std::vector<float> lows;
+    std::vector<float> highs;
+    void resize(std::size_t n) {
+      lows.assign(n, Range{}.lo);
+      highs.assign(n, Range{}.hi);
+    }
+    void include(std::size_t p, const Range& r) noexcept {
+      lows[p] = std::min(lows[p], r.lo);
+      highs[p] = std::max(highs[p], r.hi);
+    }
+    Range range(std::size_t p) const noexcept { return {lows[p], highs[p]}; }
+  };
+  /// Room of one thread that fits the groups of a line.
+  struct GroupFits {
+    Extremes ranges;
+    std::vector<float> scales;
+    std::vector<float> offsets;
+    std::vector<std::int8_t> zeros;
+    std::vector<std::uint8_t> irregular;
+    void resize(std::size_t n) {
+      scales.resize(n);
+      offsets.resize(n);
+      zeros.resize(n);
+      irregular.resize(n);
+    }
+  };
+
+  template <class F>
+  void each_block(F&& f) {
+    std::vector<std::unique_ptr<LineReader>> readers(threads());
+    for_tasks(pool_, blocks_.size(), [&](std::size_t task, std::size_t thread) {
+      if (!readers[thread]) {
+        const bool narrow = bits_of(layout_.scheme.format) == 16;
+        readers[thread] = std::make_unique<LineReader>(x_, narrow ? Narrowing::to_odd : Narrowing::nearest);
+      }
+      f(thread, *readers[thread], blocks_[task]);
+    });
+  }
+
   bool each_line_has_its_own() const noexcept {
     const Granularity& g = layout_.scheme.granularity;
     const bool along_line = static_cast<std::size_t>(g.axis) + 1 == layout_.shape.size();
@@ -112,46 +168,125 @@ class ViewQuantizer {
     return false;
   }
 
-  /// Widens the ranges of line l's parameters by its values.
-  void observe(std::size_t l, const float* line) {
-    const LineParams where = layout_.params.line(l);
-    if (where.per_element()) {
-      check_finite(l, line);
-      for (std::size_t i = 0; i < layout_.line_length; ++i) ranges_[where.base + i].include(line[i]);
-      return;
+  /// Where lines share parameters: all ranges, then all grids.
+  void fit_first() {
+    const std::size_t count = layout_.param_count();
+    std::vector<Extremes> found(threads());
+    found[0].resize(count);
+    each_block([&](std::size_t thread, LineReader& reader, const LineBlock& block) {
+      if (found[thread].lows.empty()) found[thread].resize(count);
+      reader.read(block, [&](std::size_t l, const float* line) { observe(l, line, found[thread]); });
+    });
+    for (std::size_t t = 1; t < found.size(); ++t)
+      for (std::size_t p = 0; p < found[t].lows.size(); ++p) found[0].include(p, found[t].range(p));
+    if (layout_.line_count * layout_.line_length == 0) {
+      // Parameters of no element.
+      std::fill(found[0].lows.begin(), found[0].lows.end(), 0.0F);
+      std::fill(found[0].highs.begin(), found[0].highs.end(), 0.0F);
     }
-    for (std::size_t i = 0, run; i < layout_.line_length; i += run) {
-      run = run_length(where, i, layout_.line_length);
-      const LineRange r = kernels().line_range(line + i, run);
-      if (!r.finite) fail_not_finite(l, line);
-      Range& range = ranges_[where.index(i)];
-      range.include(r.min);
-      range.include(r.max);
+    GroupFits fits;
+    constexpr std::size_t at_once = 4096;
+    for (std::size_t p = 0; p < count; p += at_once)
+      fit(p, std::min(at_once, count - p), found[0].lows.data() + p, found[0].highs.data() + p, fits);
+  }
+
+  /// Widens the ranges of line l's parameters by its values. Lines that share none come through fit_line.
+  void observe(std::size_t l, const float* line, Extremes& ranges) const {
+    const LineParams where = layout_.params.line(l);
+    const LineRange r = check_finite(l, line);
+    if (where.per_element()) {
+      kernels().widen_ranges(
+          {line, layout_.line_length, ranges.lows.data() + where.base, ranges.highs.data() + where.base});
+    } else if (layout_.line_length != 0) {
+      ranges.include(where.base, {r.min, r.max});
     }
   }
 
-  void fit_line(std::size_t l) {
+  /// One grid for a whole line. Groups wait for encode().
+  void fit_line(std::size_t l, const float* line) {
     const LineParams where = layout_.params.line(l);
-    for (std::size_t i = 0, run; i < layout_.line_length; i += run) {
-      run = run_length(where, i, layout_.line_length);
-      const std::size_t p = where.index(i);
-      store(p, fitter_.fit(ranges_[p], p));
+    if (where.step != 0) return;
+    const LineRange r = check_finite(l, line);
+    store(where.base, fitter_.fit({r.min, r.max}, where.base));
+  }
+
+  /// Ranges, grids and codes of a stretch that fits the first-level cache: it is read from memory once, and while it is
+  /// computed on the next is fetched.
+  void fit_and_encode(std::size_t l, const float* line, std::uint8_t* codes, GroupFits& fits) {
+    const LineParams where = layout_.params.line(l);
+    const std::size_t groups = ceil_div(layout_.line_length, where.div);
+    const std::size_t at_once = std::clamp<std::size_t>(8192 / where.div, 1, LineStretch::max_params);
+    fits.ranges.lows.resize(at_once);
+    fits.ranges.highs.resize(at_once);
+    for (std::size_t g = 0; g < groups; g += at_once) {
+      const std::size_t begin = g * where.div;
+      const std::size_t count = std::min(at_once, groups - g);
+      const std::size_t n = std::min(layout_.line_length - begin, count * where.div);
+      if (!kernels().group_ranges({line + begin, n, where.div, fits.ranges.lows.data(), fits.ranges.highs.data()}))
+        fail_not_finite(l, line);
+      fit(where.base + g, count, fits.ranges.lows.data(), fits.ranges.highs.data(), fits);
+      QuantizeGroupsArgs args;
+      args.format = params_.format;
+      args.x = line + begin;
+      args.n = n;
+      args.group = where.div;
+      args.scales = fits.scales.data();
+      if (params_.symmetry == Symmetry::float_offset) args.offsets = fits.offsets.data();
+      if (params_.symmetry == Symmetry::asymmetric) args.zeros = fits.zeros.data();
+      if (params_.symmetry == Symmetry::symmetric && params_.format == Format::int4)
+        args.zero = Int4::symmetric_zero;
+      args.qmin = params_.codes.min;
+      args.qmax = params_.codes.max;
+      args.q = codes + code_offset(params_.format, begin);
+      kernels().quantize_groups(args);
+    }
+  }
+
+  /// Grids of parameters p .. p + n - 1: the common ones by a kernel, the others by the fitter.
+  void fit(std::size_t p, std::size_t n, const float* lows, const float* highs, GroupFits& fits) {
+    fits.resize(n);
+    FitRangesArgs args;
+    args.lows = lows;
+    args.highs = highs;
+    args.n = n;
+    args.format = layout_.scheme.format;
+    args.symmetry = layout_.scheme.symmetry;
+    args.scale_type = layout_.scheme.scale_type;
+    args.zero = args.format == Format::int4 && args.symmetry == Symmetry::symmetric ? Int4::symmetric_zero : 0;
+    args.qmin = params_.codes.min;
+    args.qmax = params_.codes.max;
+    args.scales = fits.scales.data();
+    args.offsets = fits.offsets.data();
+    args.zeros = fits.zeros.data();
+    args.irregular = fits.irregular.data();
+    kernels().fit_ranges(args);
+    put(scales_, p, n, args.scales);
+    if (args.symmetry == Symmetry::asymmetric) std::memcpy(zeros_.mutable_data() + p, args.zeros, n);
+    if (args.symmetry == Symmetry::float_offset) put(zeros_, p, n, args.offsets);
+    for (std::size_t g = 0; g < n; ++g)
+      if (fits.irregular[g] != 0) {
+        const Grid grid = fitter_.fit({lows[g], highs[g]}, p + g);
+        store(p + g, grid);
+        fits.scales[g] = grid.scale;
+        fits.offsets[g] = grid.offset;
+        fits.zeros[g] = static_cast<std::int8_t>(grid.zero);
+      }
+  }
+
+  void put(Buffer& to, std::size_t p, std::size_t n, const float* values) const {
+    switch (layout_.scheme.scale_type) {
+      case ScaleType::fp32: std::memcpy(to.as_mutable<float>() + p, values, n * sizeof(float)); return;
+      case ScaleType::fp16: kernels().fp16_from_float(values, n, to.as_mutable<std::uint16_t>() + p); return;
+      case ScaleType::bf16: kernels().bf16_from_float(values, n, to.as_mutable<std::uint16_t>() + p); return;
     }
   }
 
   void store(std::size_t p, const Grid& g) {
-    const ScaleType type = layout_.scheme.scale_type;
-    const auto put = [type, p](Buffer& to, float v) {
-      if (type == ScaleType::fp32)
-        to.as_mutable<float>()[p] = v;
-      else
-        to.as_mutable<std::uint16_t>()[p] = type == ScaleType::fp16 ? fp16_from_float(v) : bf16_from_float(v);
-    };
-    put(scales_, g.scale);
+    put(scales_, p, 1, &g.scale);
     if (layout_.scheme.symmetry == Symmetry::asymmetric)
       zeros_.as_mutable<std::int8_t>()[p] = static_cast<std::int8_t>(g.zero);
     else if (layout_.scheme.symmetry == Symmetry::float_offset)
-      put(zeros_, g.offset);
+      put(zeros_, p, 1, &g.offset);
   }
 
   [[noreturn]] void fail(std::size_t l, std::size_t i, float value, const char* why) const {
@@ -164,27 +299,28 @@ class ViewQuantizer {
   }
 
   const InputView& x_;
+  ThreadPool* pool_;
   CodeLayout layout_;
-  LineReader reader_;
   Buffer scales_;
   Buffer zeros_;
   ParamStorage params_;
   GridFitter fitter_;
-  Ranges ranges_;
+  std::vector<LineBlock> blocks_;
+  std::vector<GroupFits> fits_;  // one a thread
   bool given_ = false;
   bool fit_on_the_fly_ = false;
 };
 
-inline QuantizedTensor quantize_view(const InputView& x, const Scheme& scheme, const Ranges& ranges) {
+inline QuantizedTensor quantize_view(const InputView& x, const Scheme& scheme, const Ranges& ranges,
+                                     ThreadPool* pool = nullptr) {
   const FpEnvironment environment;
-  ViewQuantizer quantizer(x, scheme, ranges);
+  ViewQuantizer quantizer(x, scheme, ranges, pool);
   const CodeLayout& layout = quantizer.layout();
   const Format format = layout.scheme.format;
-  Buffer codes(layout.code_bytes());
+  Buffer codes = Buffer::uninitialized(layout.code_bytes());
   std::uint8_t* const base = codes.mutable_data();
-  std::vector<std::int8_t> unpacked(bits_of(format) == 4 ? layout.line_length : 0);
   quantizer.run(
-      [&](const LineBlock&, std::size_t, std::size_t l, const float* line) {
+      [&](std::size_t thread, const LineBlock&, std::size_t, std::size_t l, const float* line) {
         std::uint8_t* to = base + l * layout.line_bytes;
         switch (format) {
           case Format::fp32:
@@ -193,34 +329,39 @@ inline QuantizedTensor quantize_view(const InputView& x, const Scheme& scheme, c
             return;
           case Format::fp16:
           case Format::bf16: quantizer.encode16(l, line, reinterpret_cast<std::uint16_t*>(to)); return;
-          case Format::int8: quantizer.encode(l, line, reinterpret_cast<std::int8_t*>(to)); return;
+          case Format::int8:
           case Format::int4:
-          case Format::nf4:
-            quantizer.encode(l, line, unpacked.data());
-            pack_nibbles(reinterpret_cast<const std::uint8_t*>(unpacked.data()), layout.line_length, to);
-            return;
+          case Format::nf4: quantizer.encode(thread, l, line, to); return;
         }
       },
-      [](const LineBlock&) {});
+      [](std::size_t, const LineBlock&) {});
   return QuantizedTensor::from_parts(layout.scheme, layout.shape, std::move(codes), quantizer.take_scales(),
                                      quantizer.take_zeros());
 }
 
 /// out = dequantize(quantize(x)), with the codes of one line at a time in memory. out may be x itself.
 inline void fake_quantize_view(const InputView& x, const Scheme& scheme, const Ranges& ranges,
-                               const OutputView& out) {
+                               const OutputView& out, ThreadPool* pool = nullptr) {
   const FpEnvironment environment;
-  ViewQuantizer quantizer(x, scheme, ranges);
+  ViewQuantizer quantizer(x, scheme, ranges, pool);
   const CodeLayout& layout = quantizer.layout();
   const Format format = layout.scheme.format;
   require(out.layout.shape() == layout.shape, "fake_quantize: output has shape ", shape_text(out.layout.shape()),
           ", the input ", shape_text(layout.shape));
-  LineWriter writer(out);
-  std::vector<std::int8_t> codes(has_scales(format) ? layout.line_length : 0);
-  std::vector<std::uint16_t> codes16(bits_of(format) == 16 ? layout.line_length : 0);
+  struct Room {
+    std::unique_ptr<LineWriter> writer;
+    std::vector<std::uint16_t> codes;  // a line's
+  };
+  std::vector<Room> rooms(quantizer.threads());
   quantizer.run(
-      [&](const LineBlock& block, std::size_t within, std::size_t l, const float* line) {
-        float* to = writer.line(block.in(out.layout), within);
+      [&](std::size_t thread, const LineBlock& block, std::size_t within, std::size_t l, const float* line) {
+        Room& room = rooms[thread];
+        if (!room.writer) {
+          room.writer = std::make_unique<LineWriter>(out);
+          room.codes.resize(format == Format::fp32 ? 0 : layout.line_length);
+        }
+        float* to = room.writer->line(block.in(out.layout), within);
+        auto* bytes = reinterpret_cast<std::uint8_t*>(room.codes.data());
         switch (format) {
           case Format::fp32:
             quantizer.check_finite(l, line);
@@ -228,39 +369,41 @@ inline void fake_quantize_view(const InputView& x, const Scheme& scheme, const R
             return;
           case Format::fp16:
           case Format::bf16:
-            quantizer.encode16(l, line, codes16.data());
-            (format == Format::fp16 ? kernels().float_from_fp16 : kernels().float_from_bf16)(codes16.data(),
-                                                                                             codes16.size(), to);
+            quantizer.encode16(l, line, room.codes.data());
+            (format == Format::fp16 ? kernels().float_from_fp16 : kernels().float_from_bf16)(
+                room.codes.data(), layout.line_length, to);
             return;
           case Format::int8:
           case Format::int4:
           case Format::nf4:
-            quantizer.encode(l, line, codes.data());
-            quantizer.decode(l, codes.data(), to);
+            quantizer.encode(thread, l, line, bytes);
+            quantizer.decode(l, bytes, to);
             return;
         }
       },
-      [&](const LineBlock& block) { writer.finish(block.in(out.layout)); });
+      [&](std::size_t thread, const LineBlock& block) {
+        if (rooms[thread].writer) rooms[thread].writer->finish(block.in(out.layout));
+      });
 }
 
 /// Shows `observer` all of x. Returns its ranges.
 inline Ranges observe_view(const InputView& x, const Scheme& scheme, RangeObserver& observer) {
   const FpEnvironment environment;
   const Ranges any = {Range{0.0F, 0.0F}};
-  ViewQuantizer quantizer(x, scheme, any);
+  ViewQuantizer quantizer(x, scheme, any, nullptr);
   const CodeLayout& layout = quantizer.layout();
   const std::size_t count = layout.param_count();
   observer.begin(count);
   if (count == 0) return {};
   quantizer.run(
-      [&](const LineBlock&, std::size_t, std::size_t l, const float* line) {
+      [&](std::size_t, const LineBlock&, std::size_t, std::size_t l, const float* line) {
         const LineParams where = layout.params.line(l);
         for (std::size_t i = 0, run; i < layout.line_length; i += run) {
           run = run_length(where, i, layout.line_length);
           observer.observe(where.index(i), line + i, run);
         }
       },
-      [](const LineBlock&) {});
+      [](std::size_t, const LineBlock&) {});
   Ranges ranges;
   for (std::size_t p = 0; p < count; ++p) ranges.push_back(observer.range(p));
   return ranges;

@@ -1,14 +1,18 @@
 // The erased middle: codes and parameters of a tensor whose scheme is a run-time value.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "nibble/core/buffer.hpp"
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/scheme.hpp"
 #include "nibble/quantize/strided.hpp"
@@ -169,18 +173,8 @@ class QuantizedTensor {
         return;
       }
       case Format::int8:
-        detail::decode_line(params(), where, begin, end, reinterpret_cast<const std::int8_t*>(line) + begin, out);
-        return;
       case Format::int4:
-      case Format::nf4: {
-        std::uint8_t bytes[chunk];
-        for (std::size_t i = begin, n; i < end; i += n, out += n) {
-          n = std::min(end - i, chunk);
-          detail::unpack_nibbles(line + i / 2, n, bytes);
-          detail::decode_line(params(), where, i, i + n, reinterpret_cast<const std::int8_t*>(bytes), out);
-        }
-        return;
-      }
+      case Format::nf4: detail::decode_line(params(), where, begin, end, line, out); return;
     }
   }
 
@@ -191,18 +185,29 @@ class QuantizedTensor {
     dequantize_line(r, 0, line_length(), out);
   }
 
-  /// All values in C order: size() floats to `out`.
-  void dequantize(float* out) const {
-    for (std::size_t l = 0; l < line_count(); ++l, out += line_length()) dequantize_line(l, 0, line_length(), out);
+  /// All values in C order: size() floats to `out`. pool: threads to work with; nullptr: the calling one.
+  void dequantize(float* out, ThreadPool* pool = nullptr) const {
+    const std::size_t lines = lines_a_task();
+    detail::for_tasks(pool, detail::ceil_div(line_count(), lines), [&](std::size_t task, std::size_t) {
+      const std::size_t end = std::min(line_count(), (task + 1) * lines);
+      for (std::size_t l = task * lines; l < end; ++l)
+        dequantize_line(l, 0, line_length(), out + l * line_length());
+    });
   }
 
   /// All values to floats of the same shape, in any order. Throws InvalidArgument where the shapes differ.
-  void dequantize(const detail::OutputView& out) const {
+  void dequantize(const detail::OutputView& out, ThreadPool* pool = nullptr) const {
     const Shape target = out.layout.shape();
     detail::require(target == shape(), "dequantize: output has shape ", detail::shape_text(target),
                     ", the tensor ", detail::shape_text(shape()));
-    detail::LineWriter writer(out);
-    detail::for_each_block(out.layout, [&](const detail::LineBlock& block) {
+    std::vector<detail::LineBlock> blocks;
+    detail::for_each_block(out.layout, [&](const detail::LineBlock& block) { blocks.push_back(block); });
+    std::vector<std::unique_ptr<detail::LineWriter>> writers(
+        pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads()));
+    detail::for_tasks(pool, blocks.size(), [&](std::size_t task, std::size_t thread) {
+      const detail::LineBlock& block = blocks[task];
+      if (!writers[thread]) writers[thread] = std::make_unique<detail::LineWriter>(out);
+      detail::LineWriter& writer = *writers[thread];
       for (std::size_t l = 0; l < block.count; ++l)
         dequantize_line(block.first + l * block.step, 0, line_length(), writer.line(block, l));
       writer.finish(block);
@@ -210,7 +215,12 @@ class QuantizedTensor {
   }
 
  private:
-  static constexpr std::size_t chunk = 512;  // codes that are unpacked at a time
+  static constexpr std::size_t chunk = 512;  // 16-bit codes, in half of it, that are aligned at a time
+
+  /// Lines of about a quarter of a megabyte of floats.
+  std::size_t lines_a_task() const noexcept {
+    return std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, line_length()));
+  }
 
   void validate() const {
     const auto check_size = [this](std::string_view what, std::size_t actual, std::size_t expected) {
@@ -220,6 +230,13 @@ class QuantizedTensor {
     check_size("codes", codes_.size(), layout_.code_bytes());
     check_size("scales", scales_.size(), layout_.scale_bytes());
     check_size("zeros", zeros_.size(), layout_.zero_bytes());
+    const ScaleType type = scheme().scale_type;
+    const bool offsets = scheme().symmetry == Symmetry::float_offset;
+    const bool zero_points = scheme().symmetry == Symmetry::asymmetric && format() == Format::int4;
+    if (detail::all_finite(scales_.data(), type, param_count()) &&
+        (!offsets || detail::all_finite(zeros_.data(), type, param_count())) &&
+        (!zero_points || detail::all_nibbles(zeros_.data(), param_count())))
+      return;
     for (std::size_t p = 0; p < param_count(); ++p) {
       const Grid g = grid(p);
       detail::require(detail::scalar::is_finite(g.scale), "scale ", p, " is not finite");

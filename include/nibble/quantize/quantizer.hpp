@@ -60,6 +60,12 @@ struct PerGroup {
   static constexpr Granularity granularity = Granularity::per_group(Size, Axis);
 };
 
+/// How to work, not what comes out: that is the same for every number of threads.
+struct QuantizeOptions {
+  /// Threads to work with; nullptr: the calling one.
+  ThreadPool* pool = nullptr;
+};
+
 namespace detail {
 template <class Scale>
 constexpr ScaleType scale_type_of() noexcept {
@@ -113,18 +119,18 @@ class DynamicQuantizer {
   const Ranges& ranges() const noexcept { return ranges_; }
 
   template <class X>
-  QuantizedTensor quantize(const X& x) const {
+  QuantizedTensor quantize(const X& x, const QuantizeOptions& options = {}) const {
     const auto input = make_input(detail::Front{}, x);
-    return detail::quantize_view(input.view(), scheme_, ranges_);
+    return detail::quantize_view(input.view(), scheme_, ranges_, options.pool);
   }
 
   /// dequantize(quantize(x)), bit for bit, without the codes in between. Gives the kind of x.
   template <class X>
-  auto fake_quantize(const X& x) const {
+  auto fake_quantize(const X& x, const QuantizeOptions& options = {}) const {
     using Kind = decltype(kind_of(detail::Front{}, x));
     const auto input = make_input(detail::Front{}, x);
     auto out = Kind::make(input.view().layout.shape());
-    detail::fake_quantize_view(input.view(), scheme_, ranges_, Kind::output(out));
+    detail::fake_quantize_view(input.view(), scheme_, ranges_, Kind::output(out), options.pool);
     return out;
   }
 
@@ -163,12 +169,12 @@ class Quantizer {
   const Ranges& ranges() const noexcept { return dynamic_.ranges(); }
 
   template <class X>
-  auto quantize(const X& x) const {
-    return Quantized<Quantizer, decltype(kind_of(detail::Front{}, x))>(dynamic_.quantize(x));
+  auto quantize(const X& x, const QuantizeOptions& options = {}) const {
+    return Quantized<Quantizer, decltype(kind_of(detail::Front{}, x))>(dynamic_.quantize(x, options));
   }
   template <class X>
-  auto fake_quantize(const X& x) const {
-    return dynamic_.fake_quantize(x);
+  auto fake_quantize(const X& x, const QuantizeOptions& options = {}) const {
+    return dynamic_.fake_quantize(x, options);
   }
   template <class X>
   Ranges observe(const X& x, RangeObserver& observer) const {
@@ -181,30 +187,30 @@ class Quantizer {
 
 /// Quantizer Q, its ranges fitted to x.
 template <class Q, class X>
-auto quantize(const X& x) {
-  return Q{}.quantize(x);
+auto quantize(const X& x, const QuantizeOptions& options = {}) {
+  return Q{}.quantize(x, options);
 }
 
 /// The values, in the kind that was quantized: a column-major MatrixXf, or a tensor of the rank and order it had.
 template <class Q, class Kind>
-typename Kind::Result dequantize(const Quantized<Q, Kind>& q) {
+typename Kind::Result dequantize(const Quantized<Q, Kind>& q, const QuantizeOptions& options = {}) {
   auto out = Kind::make(q.shape());
-  q.erased().dequantize(Kind::output(out));
+  q.erased().dequantize(Kind::output(out), options.pool);
   return out;
 }
 
 /// The values of a tensor of rank 2. Throws InvalidArgument for other ranks.
-inline Eigen::MatrixXf dequantize(const QuantizedTensor& q) {
+inline Eigen::MatrixXf dequantize(const QuantizedTensor& q, const QuantizeOptions& options = {}) {
   auto out = detail::MatrixKind::make(q.shape());
-  q.dequantize(detail::MatrixKind::output(out));
+  q.dequantize(detail::MatrixKind::output(out), options.pool);
   return out;
 }
 
 /// Writes the values into `out`, floats of q's shape: a Matrix, Map, Ref or Block in any storage order and with any
 /// strides, or a Tensor or TensorMap. Throws InvalidArgument where the shapes differ.
 template <class Out>
-void dequantize_into(const QuantizedTensor& q, Out&& out) {
-  q.dequantize(decltype(kind_of(detail::Front{}, out))::output(out));
+void dequantize_into(const QuantizedTensor& q, Out&& out, const QuantizeOptions& options = {}) {
+  q.dequantize(decltype(kind_of(detail::Front{}, out))::output(out), options.pool);
 }
 
 }  // namespace NIBBLE_ABI

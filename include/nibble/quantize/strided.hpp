@@ -12,6 +12,7 @@
 #include "nibble/core/fp_env.hpp"
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/kernels/dispatch.hpp"
 #include "nibble/quantize/scheme.hpp"
 
 namespace nibble {
@@ -149,6 +150,35 @@ void copy_lines(const From* from, std::ptrdiff_t from_line, std::ptrdiff_t from_
   }
 }
 
+/// The same for floats whose lines are neighbours in memory, by transposing kernels: element i of all lines lies at
+/// columns + i * column_stride, line l at lines + l * pitch, which is at least round_up(length, 16).
+/// `to_lines`: from the columns; the other way the lines are only read.
+template <bool to_lines>
+void move_columns(float* columns, std::ptrdiff_t column_stride, float* lines, std::ptrdiff_t pitch,
+                  std::size_t count, std::size_t length) noexcept {
+  LanesArgs args;
+  args.element = LaneElement::words;
+  args.bytes = count * sizeof(float);
+  args.step = static_cast<std::size_t>(pitch) * sizeof(float);
+  if (column_stride < 0) {
+    // Row by row: the kernels' strides are not negative.
+    for (std::size_t i = 0; i < length; ++i)
+      for (std::size_t l = 0; l < count; ++l) {
+        float& line = lines[static_cast<std::ptrdiff_t>(l) * pitch + static_cast<std::ptrdiff_t>(i)];
+        float& column = columns[static_cast<std::ptrdiff_t>(i) * column_stride + static_cast<std::ptrdiff_t>(l)];
+        (to_lines ? line : column) = to_lines ? column : line;
+      }
+    return;
+  }
+  args.row_stride = static_cast<std::size_t>(column_stride) * sizeof(float);
+  for (std::size_t i = 0; i < length; i += panel_width) {
+    args.rows = reinterpret_cast<std::uint8_t*>(columns + static_cast<std::ptrdiff_t>(i) * column_stride);
+    args.row_count = std::min(panel_width, length - i);
+    args.lanes = reinterpret_cast<std::uint8_t*>(lines + i);
+    (to_lines ? kernels().rows_to_lanes : kernels().lanes_to_rows)(args);
+  }
+}
+
 /// A block's lines as contiguous floats: in place where they are that already, else gathered into a buffer.
 class LineReader {
  public:
@@ -178,7 +208,13 @@ class LineReader {
  private:
   void gather(const LineBlock& b) {
     switch (x_.type) {
-      case ScalarType::fp32: return gather_as<float>(b, [](float v) { return v; });
+      case ScalarType::fp32:
+        if (b.stride == 1) {
+          move_columns<true>(const_cast<float*>(static_cast<const float*>(x_.data)) + b.offset,
+                             x_.layout.line_stride(), buffer_.data(), pitch_, b.count, x_.layout.line_length());
+          return;
+        }
+        return gather_as<float>(b, [](float v) { return v; });
       case ScalarType::fp64:
         if (narrowing_ == Narrowing::to_odd) return gather_as<double>(b, float_from_double_to_odd);
         return gather_as<double>(b, [](double v) { return static_cast<float>(v); });
@@ -222,6 +258,11 @@ class LineWriter {
 
   void finish(const LineBlock& b) {
     if (in_place_) return;
+    if (b.stride == 1) {
+      move_columns<false>(out_.data + b.offset, out_.layout.line_stride(), buffer_.data(), pitch_, b.count,
+                          out_.layout.line_length());
+      return;
+    }
     copy_lines(buffer_.data(), pitch_, 1, out_.data + b.offset, b.stride, out_.layout.line_stride(), b.count,
                out_.layout.line_length(), [](float v) { return v; });
   }

@@ -9,6 +9,8 @@
 
 #include "nibble/core/abi.hpp"
 #include "nibble/formats/format.hpp"
+#include "nibble/formats/int4.hpp"
+#include "nibble/formats/nf4.hpp"
 #include "nibble/kernels/args.hpp"
 #include "nibble/kernels/scalar/exp.hpp"
 #include "nibble/kernels/table.hpp"
@@ -41,6 +43,9 @@ namespace floats {
 #include "nibble/kernels/vector/epilogue.inl"
 #include "nibble/kernels/vector/nn.inl"
 #include "nibble/kernels/vector/fill.inl"
+#include "nibble/kernels/avx2/line_ops.inl"
+#include "nibble/kernels/vector/groups.inl"
+#include "nibble/kernels/vector/lanes.inl"
 #undef NIBBLE_UNROLL
 }  // namespace floats
 
@@ -60,6 +65,7 @@ inline constexpr KernelTable table = [] {
   floats::fill(t);
   t.bf16_tile_rows = floats::bf16_tile_rows;
   t.gemm_bf16 = &floats::gemm_bf16;
+  floats::fill_lines(t);
   return t;
 }();
 

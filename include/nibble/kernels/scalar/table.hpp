@@ -4,6 +4,8 @@
 #include "nibble/kernels/scalar/epilogue.hpp"
 #include "nibble/kernels/scalar/gemm_float.hpp"
 #include "nibble/kernels/scalar/gemm_int.hpp"
+#include "nibble/kernels/scalar/groups.hpp"
+#include "nibble/kernels/scalar/lanes.hpp"
 #include "nibble/kernels/scalar/lines.hpp"
 #include "nibble/kernels/scalar/nn.hpp"
 #include "nibble/kernels/table.hpp"
@@ -38,6 +40,13 @@ inline constexpr KernelTable table = [] {
   t.float_from_fp16 = &float_from_fp16;
   t.bf16_from_float = &bf16_from_float;
   t.float_from_bf16 = &float_from_bf16;
+  t.group_ranges = &group_ranges;
+  t.fit_ranges = &fit_ranges;
+  t.widen_ranges = &widen_ranges;
+  t.quantize_groups = &quantize_groups;
+  t.dequantize_groups = &dequantize_groups;
+  t.rows_to_lanes = &rows_to_lanes;
+  t.lanes_to_rows = &lanes_to_rows;
   return t;
 }();
 

@@ -1,5 +1,12 @@
 // Lines of elements: range, quantize, dequantize, conversions. All of them stream; the copy loop is the limit.
 
+// What follows a line in memory is most often the next one. It is fetched while this one, which lies in the cache, is
+// converted. It may lie beyond the buffer: nothing is read, and the address is made of integers, for no pointer may
+// point there.
+NIBBLE_ALWAYS_INLINE void prefetch_next_line(const float* x, std::size_t n) noexcept {
+  prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + n * sizeof(float)));
+}
+
 inline LineRange line_range(const float* x, std::size_t n) noexcept {
   LineRange range;
   if (n == 0) return range;
@@ -9,6 +16,24 @@ inline LineRange line_range(const float* x, std::size_t n) noexcept {
   Vf high = low;
   Vi top = set1_int(0);
   std::size_t i = 0;
+  // Four chains: one alone waits for its own results.
+  if (n >= 4 * lanes) {
+    Vf lows[4] = {low, low, low, low};
+    Vf highs[4] = {low, low, low, low};
+    Vi tops[4] = {top, top, top, top};
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      NIBBLE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Vf v = load(x + i + j * lanes);
+        lows[j] = min(v, lows[j]);
+        highs[j] = max(v, highs[j]);
+        tops[j] = max_int(tops[j], and_int(bits(v), magnitude));
+      }
+    }
+    low = min(min(lows[0], lows[1]), min(lows[2], lows[3]));
+    high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
+    top = max_int(max_int(tops[0], tops[1]), max_int(tops[2], tops[3]));
+  }
   for (; i + lanes <= n; i += lanes) {
     const Vf v = load(x + i);
     low = min(v, low);
@@ -74,7 +99,10 @@ inline void dequantize_line(const DequantizeLineArgs& a) noexcept {
 
 inline void fp16_from_float(const float* x, std::size_t n, std::uint16_t* out) noexcept {
   std::size_t i = 0;
-  for (; i + lanes <= n; i += lanes) store_fp16(out + i, load(x + i));
+  for (; i + lanes <= n; i += lanes) {
+    prefetch_next_line(x + i, n);
+    store_fp16(out + i, load(x + i));
+  }
   if (i < n) store_fp16_n(out + i, load_n(x + i, n - i), n - i);
 }
 
@@ -95,7 +123,10 @@ NIBBLE_ALWAYS_INLINE Vi bf16_bits(Vf v) noexcept {
 
 inline void bf16_from_float(const float* x, std::size_t n, std::uint16_t* out) noexcept {
   std::size_t i = 0;
-  for (; i + lanes <= n; i += lanes) store_16(out + i, bf16_bits(load(x + i)));
+  for (; i + lanes <= n; i += lanes) {
+    prefetch_next_line(x + i, n);
+    store_16(out + i, bf16_bits(load(x + i)));
+  }
   if (i < n) store_16_n(out + i, bf16_bits(load_n(x + i, n - i)), n - i);
 }
 
