@@ -27,6 +27,8 @@ namespace detail {
 inline void spin_pause() noexcept {
 #if NIBBLE_X86
   _mm_pause();
+#elif NIBBLE_ARM64
+  __asm__ volatile("isb" : : : "memory");  // some tens of cycles; yield is none on most cores
 #else
   std::this_thread::yield();
 #endif
