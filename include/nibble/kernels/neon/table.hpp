@@ -10,7 +10,7 @@
 #include "nibble/formats/format.hpp"
 #include "nibble/kernels/args.hpp"
 #include "nibble/kernels/scalar/exp.hpp"
-#include "nibble/kernels/scalar/gemm_float.hpp"
+#include "nibble/kernels/scalar/table.hpp"
 #include "nibble/kernels/table.hpp"
 
 #if NIBBLE_ARM64
@@ -58,7 +58,7 @@ namespace floats {
 // clang-format on
 
 inline constexpr KernelTable table = [] {
-  KernelTable t;
+  KernelTable t = scalar::table;  // for what has no kernel here
   t.isa = Isa::neon;
   t.int_panels = 4;
   t.gemm_w8a8 = &gemm_w8a8;
