@@ -1,4 +1,8 @@
-// Norm, softmax and rotary embedding (RmsNormArgs, SoftmaxArgs, RopeArgs).
+// Norm, softmax and rotary embedding (RmsNormArgs, SoftmaxArgs, SoftmaxCodesArgs, RopeArgs).
+//
+// Measured, AMD EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23, in cache: softmax 0.13-0.15 ns an element (AVX2 0.35-0.39),
+// straight to codes 0.27-0.30 (0.71). The bound by ports is 6 cycles a vector, 0.09 ns; 15 dependent operations keep it
+// away: 4 vectors at once took 0.19, 8 take this. Norm of 576: 75-80 ns; rotary embedding of 576: 57-75 ns.
 
 // Lanes 0 .. 15 of a sum, added up in the order of args.hpp.
 NIBBLE_ALWAYS_INLINE float sum_lanes(const Vf (&sum)[halves]) noexcept {
