@@ -3,11 +3,12 @@
 // int_tiles.inl over nibbles, unpacked in registers for every tile of up to 6 rows. Port arithmetic for 6 rows x 16
 // channels and 8 k: 24 dpbusd on two multiplier pipes (12 cycles), 6 logic and shift operations on the others, 16
 // loads; a group's end adds 12 FMA (as many again for float offsets): groups of 32 are predicted at 96 / 108 = 89 % of
-// the dpbusd loop, with offsets at 80 %. Measured (kernel alone), Zen 5 (EPYC, 3.8 GHz), one core, 2026-11-23, N = K =
-// 4096, the 256-bit dpbusd loop 490 GOP/s: groups of 32: M = 512 360-376, 16 370-382, 4 333-349, 1 206-211 (52 GB/s);
-// groups of 128: M = 512 415, 16 393, 4 361, 1 263; float offset, groups of 32: M = 512 330, 16 305, 4 288, 1 181.
-// With the weights in L2, groups of 32: M = 64 400, 6 412, 1 255. What is missing at groups of 32 is the loop over
-// groups: some 60 scalar instructions and moves beside 96 dpbusd.
+// the dpbusd loop, with offsets at 80 %. Measured (kernel alone, fp16 scales), Zen 5 (EPYC, 4.1 GHz), one core,
+// 2026-11-23, N = K = 4096, the 256-bit dpbusd loop 516-531 GOP/s: groups of 32: M = 512 412, 16 403, 4 377, 1 240 (60
+// GB/s of codes, L3; the read loop 86); groups of 128: M = 512 447, 16 434, 4 391, 1 285; float offset, groups of 32:
+// M = 512 360, 16 350, 4 315, 1 221. From DRAM (16384 x 8192): M = 1 33 GB/s of codes, 37 with scales, beside a read
+// loop of four streams at 40. By profile, groups of 32 spend 61 % in dot products and unpacking, 21 % in the group's
+// float steps and copies of registers, the rest in the loop over groups.
 
 struct Weights4 : int_params::Codes4 {
   /// 8 k of 8 channels, the first 4 k in w0.

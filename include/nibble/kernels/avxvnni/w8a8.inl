@@ -3,9 +3,9 @@
 // int_tiles.inl over whole bytes. Port arithmetic for 6 rows x 16 channels and 8 k: 24 dpbusd on two multiplier pipes
 // (12 cycles), 16 loads on two load ports, nothing else: predicted is the dpbusd loop, from 5 rows on (latency 5 wants
 // 10 accumulators; 4 rows have 8); groups of 32 end with 12 FMA on the same pipes for 96 dpbusd: 89 % of it. Measured
-// (kernel alone), Zen 5 (EPYC, 3.8 GHz), one core, 2026-11-23, N = K = 4096, the 256-bit dpbusd loop 490 GOP/s: one
-// group: M = 512 433, 16 391, 4 361, 1 160-235 (80-117 GB/s, L3 - L2); groups of 32: M = 512 366; with the weights in
-// L2 M = 64 457, 6 464. M = 1 from DRAM (16384 x 8192): 35 GB/s, where avx512vnni's reads 36.
+// (kernel alone), Zen 5 (EPYC, 4.1 GHz), one core, 2026-11-23, N = K = 4096, the 256-bit dpbusd loop 527 GOP/s: one
+// group: M = 512 474, 16 424, 4 398, 1 204 (102 GB/s, L3). M = 1 from DRAM (16384 x 8192): 38 GB/s beside a read loop
+// of four streams at 36-40 and avx512vnni's 44; M = 4 there 36 GB/s.
 
 struct Weights8 : int_params::Codes8 {
   /// 8 k of 8 channels, the first 4 k in w0.
