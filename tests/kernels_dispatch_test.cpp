@@ -147,6 +147,9 @@ TEST(Dispatch, EveryTableIsComplete) {
     check(t.gemm_float, s.gemm_float, "gemm_float");
     check(t.gemv_float, s.gemv_float, "gemv_float");
     check(t.gemv_dense, s.gemv_dense, "gemv_dense");
+    check(t.gemm_bf16, s.gemm_bf16, "gemm_bf16");
+    if (t.gemv_rows != nullptr) check(t.gemv_rows, s.gemv_rows, "gemv_rows");
+    EXPECT_GE(t.bf16_tile_rows, 1U);
     check(t.quantize_rows, s.quantize_rows, "quantize_rows");
     check(t.epilogue, s.epilogue, "epilogue");
     check(t.block_sums, s.block_sums, "block_sums");

@@ -503,34 +503,49 @@ inline void check_gemm_bf16(const KernelTable& t) {
   run(27, 48, 1030, 0);
 }
 
+/// Both orders of storage; outputs and inputs end at guard pages.
 inline void check_gemv_dense(const KernelTable& t) {
   Random random(5);
-  const auto run = [&](std::size_t n, std::size_t k) {
-    DenseGemvArgs a;
+  const auto run = [&](std::size_t n, std::size_t k, bool rows) {
+    if (rows && t.gemv_rows == nullptr) return;
+    RowsGemvArgs a;
     a.n = n;
     a.k = k;
-    a.lda = n + random.below(7);
+    const std::size_t runs = rows ? n : k;
+    const std::size_t length = rows ? k : n;
+    a.lda = length + random.below(7);
     a.x_stride = 1 + random.below(3);
-    Guarded<float> matrix(k == 0 ? 0 : (k - 1) * a.lda + n);
+    a.tokens = 1 + random.below(5);
+    a.x_token_stride = k * a.x_stride + random.below(3);
+    a.y_stride = n + random.below(3);
+    Guarded<float> matrix(runs == 0 || length == 0 ? 0 : (runs - 1) * a.lda + length);
     for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = random.normal();
-    Guarded<float> x(k == 0 ? 0 : (k - 1) * a.x_stride + 1);
+    Guarded<float> x(k == 0 ? 0 : (a.tokens - 1) * a.x_token_stride + (k - 1) * a.x_stride + 1);
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = random.hostile();
     if (k > 0 && random.below(8) == 0) x[random.below(k) * a.x_stride] = random.non_finite();
-    Guarded<float> got(n);
-    std::vector<float> want(n);
+    Guarded<float> got((a.tokens - 1) * a.y_stride + n);
+    std::vector<float> want(got.size());
+    std::memcpy(want.data(), got.data(), got.size() * 4);  // gaps between the tokens stay as they are
     a.a = matrix.data();
     a.x = x.data();
-    a.y = want.data();
-    scalar::table.gemv_dense(a);
-    a.y = got.data();
-    t.gemv_dense(a);
-    expect_same(got.data(), want.data(), n, "gemv_dense n=" + std::to_string(n) + " k=" + std::to_string(k));
+    const auto product = [&](const KernelTable& table, float* y) {
+      a.y = y;
+      rows ? table.gemv_rows(a) : table.gemv_dense(a);
+    };
+    product(scalar::table, want.data());
+    product(t, got.data());
+    expect_same(
+        got.data(), want.data(), got.size(),
+        std::string(rows ? "gemv_rows" : "gemv_dense") + " n=" + std::to_string(n) + " k=" + std::to_string(k));
   };
-  for (std::size_t n = 1; n <= 95; ++n) run(n, n % 13);
-  for (std::size_t n : {127U, 128U, 129U, 191U, 251U, 257U, 576U}) {
-    run(n, 95);
-    run(n, 1);
-    run(n, 0);
+  for (const bool rows : {false, true}) {
+    for (std::size_t n = 1; n <= 95; ++n) run(n, n % 43, rows);
+    for (std::size_t n : {127U, 128U, 129U, 191U, 251U, 257U, 576U, 2048U, 4500U}) {
+      run(n, 95, rows);
+      run(n, 6, rows);
+      run(n, 1, rows);
+      run(n, 0, rows);
+    }
   }
 }
 

@@ -17,6 +17,7 @@ namespace detail::emulated_floats {
 #include "nibble/kernels/vector/gemm_float.inl"
 #include "nibble/kernels/vector/gemv_float.inl"
 #include "nibble/kernels/vector/gemv_dense.inl"
+#include "nibble/kernels/vector/gemv_rows.inl"
 #include "emulation/bf16_ops.inl"
 #include "nibble/kernels/vector/gemm_bf16.inl"
 #include "nibble/kernels/vector/gemm_direct.inl"
@@ -34,6 +35,7 @@ inline constexpr KernelTable table = [] {
   t.gemv_float = &gemv_float;
   t.gemm_bf16 = &gemm_bf16;
   t.gemv_dense = &gemv_dense;
+  t.gemv_rows = &gemv_rows;
   t.gemm_direct = &gemm_direct;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;

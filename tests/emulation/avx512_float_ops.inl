@@ -235,3 +235,11 @@ NIBBLE_EMULATED void sum_blocks_4(const std::int8_t* q, std::int32_t* out) noexc
 }
 
 NIBBLE_EMULATED void prefetch(const void*) noexcept {}
+
+NIBBLE_EMULATED Vf load_quads(const float* p, std::size_t stride) noexcept {
+  return each([&](int i) { return element<float>(p + static_cast<std::size_t>(i / 4 * 4) * stride, i % 4); });
+}
+NIBBLE_EMULATED void transpose_quads(Vf (&v)[4]) noexcept {
+  const Vf old[4] = {v[0], v[1], v[2], v[3]};
+  for (int j = 0; j < 4; ++j) v[j] = each([&](int i) { return old[i % 4].v[i / 4 * 4 + j]; });
+}

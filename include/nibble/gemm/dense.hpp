@@ -38,23 +38,32 @@ void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, Ma
     detail::require_apart(b_in.derived(), c, "b", "c");
     if (c.size() == 0) return;
     const detail::KernelTable& kernels = detail::kernels_of(options);
-    const bool lanes_contiguous = a.row_stride == 1;
-    if (!lanes_contiguous || b.cols > 2) {
+    // A few tokens: reading a once from where it lies beats packing it.
+    const bool outputs_contiguous = a.row_stride == 1;
+    const bool inputs_contiguous = a.col_stride == 1 && kernels.gemv_rows != nullptr;
+    if (b.cols > (outputs_contiguous ? 8U : 4U) || (!outputs_contiguous && !inputs_contiguous)) {
       detail::run_float(kernels, detail::dense_source(a), b, options.epilogue, detail::float_output(c),
                         options.pool, detail::workspace_of(options));
       return;
     }
-    // A token or two: reading a once from where it lies beats packing it.
     const std::size_t threads = options.pool == nullptr ? 1 : static_cast<std::size_t>(options.pool->threads());
     const std::size_t chunk = detail::round_up(detail::ceil_div(a.rows, threads), 64);
     const detail::Output out = detail::float_output(c);
     detail::for_tasks(options.pool, detail::ceil_div(a.rows, chunk), [&](std::size_t task, std::size_t) {
       const std::size_t row = task * chunk;
       const std::size_t rows = std::min(chunk, a.rows - row);
-      for (std::size_t t = 0; t < b.cols; ++t) {
-        kernels.gemv_dense({a.data + row, a.col_stride, rows, a.cols, b.data + t * b.col_stride, b.row_stride,
-                            out.floats + t * out.stride + row});
-      }
+      detail::RowsGemvArgs args;
+      args.a = a.data + row * a.row_stride;
+      args.lda = outputs_contiguous ? a.col_stride : a.row_stride;
+      args.n = rows;
+      args.k = a.cols;
+      args.x = b.data;
+      args.x_stride = b.row_stride;
+      args.y = out.floats + row;
+      args.tokens = b.cols;
+      args.x_token_stride = b.col_stride;
+      args.y_stride = out.stride;
+      outputs_contiguous ? kernels.gemv_dense(args) : kernels.gemv_rows(args);
       if (options.epilogue.steps() != 0)
         detail::finish_tile(kernels, out.floats + row, out.stride, 0, b.cols, row, rows, nullptr, nullptr, nullptr,
                             options.epilogue, out);

@@ -84,37 +84,16 @@ inline PanelSource transposed_source(const PanelView& w) {
       }};
 }
 
-/// A dense matrix anywhere in memory.
-inline PanelSource dense_source(const FloatView& a) {
-  return {a.rows, a.cols, &a,
-          [](const void* context, const KernelTable&, std::size_t begin, std::size_t end, std::size_t k_begin,
-             std::size_t k_end, float* out, std::size_t stride) {
-            const FloatView& view = *static_cast<const FloatView*>(context);
-            for (std::size_t p = begin; p < end; ++p) {
-              const std::size_t row = p * panel_width;
-              const std::size_t height = std::min(panel_width, view.rows - row);
-              float* to = out + (p - begin) * stride;
-              const float* from = view.data + row * view.row_stride;
-              if (view.row_stride == 1 && height == panel_width) {
-                for (std::size_t k = k_begin; k < k_end; ++k, to += panel_width)
-                  std::memcpy(to, from + k * view.col_stride, panel_width * sizeof(float));
-                continue;
-              }
-              std::memset(to, 0, (k_end - k_begin) * panel_width * sizeof(float));
-              for (std::size_t j = 0; j < height; ++j)
-                for (std::size_t k = k_begin; k < k_end; ++k)
-                  to[(k - k_begin) * panel_width + j] = from[j * view.row_stride + k * view.col_stride];
-            }
-          }};
-}
-
 /// out[k * rows + r] = in[r * stride + k] for k < count; up to 16 rows.
 inline void interleave_rows(const float* in, std::size_t stride, std::size_t rows, std::size_t count, float* out) {
   std::size_t k = 0;
 #if NIBBLE_X86
   // Blocks of 4 x 4. Rows are often a power of two apart and share cache sets: a line of each is used at once.
   for (; rows % 4 == 0 && k + 16 <= count; k += 16)
-    for (std::size_t r = 0; r < rows; r += 4)
+    for (std::size_t r = 0; r < rows; r += 4) {
+      for (std::size_t i = 0; i < 4; ++i)
+        __builtin_prefetch(
+            reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(in + (r + i) * stride + k) + 512));
       for (std::size_t i = k; i < k + 16; i += 4) {
         const float* at = in + r * stride + i;
         __m128 a = _mm_loadu_ps(at);
@@ -128,9 +107,50 @@ inline void interleave_rows(const float* in, std::size_t stride, std::size_t row
         _mm_storeu_ps(to + 2 * rows, c);
         _mm_storeu_ps(to + 3 * rows, d);
       }
+    }
 #endif
   for (std::size_t r = 0; r < rows; ++r)
     for (std::size_t i = k; i < count; ++i) out[i * rows + r] = in[r * stride + i];
+}
+
+/// A dense matrix anywhere in memory.
+inline PanelSource dense_source(const FloatView& a) {
+  return {a.rows, a.cols, &a,
+          [](const void* context, const KernelTable&, std::size_t begin, std::size_t end, std::size_t k_begin,
+             std::size_t k_end, float* out, std::size_t stride) {
+            const FloatView& view = *static_cast<const FloatView*>(context);
+            const std::size_t row = begin * panel_width;
+            const std::size_t height = std::min((end - begin) * panel_width, view.rows - row);
+            const float* from = view.data + row * view.row_stride;
+            const bool whole = height == (end - begin) * panel_width;
+            if (view.row_stride == 1 && whole) {
+              // Columns lie far apart: all of a column's part at once, and of one a few columns on.
+              for (std::size_t k = k_begin; k < k_end; ++k) {
+                const float* column = from + k * view.col_stride;
+                for (std::size_t p = 0; p < end - begin; ++p) {
+                  __builtin_prefetch(
+                      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(column) +
+                                                    (16 * view.col_stride + p * panel_width) * sizeof(float)));
+                  std::memcpy(out + p * stride + (k - k_begin) * panel_width, column + p * panel_width,
+                              panel_width * sizeof(float));
+                }
+              }
+              return;
+            }
+            for (std::size_t p = begin; p < end; ++p) {
+              float* to = out + (p - begin) * stride;
+              const std::size_t first = (p - begin) * panel_width;
+              const float* rows = from + first * view.row_stride;
+              if (view.col_stride == 1 && first + panel_width <= height) {
+                interleave_rows(rows + k_begin, view.row_stride, panel_width, k_end - k_begin, to);
+                continue;
+              }
+              std::memset(to, 0, (k_end - k_begin) * panel_width * sizeof(float));
+              for (std::size_t j = 0; j < std::min(panel_width, height - first); ++j)
+                for (std::size_t k = k_begin; k < k_end; ++k)
+                  to[(k - k_begin) * panel_width + j] = rows[j * view.row_stride + k * view.col_stride];
+            }
+          }};
 }
 
 /// outputs x tokens = source (outputs x depth) * x (depth x tokens). Tasks are (panels, block of tokens); k runs from
@@ -144,7 +164,9 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
   const std::size_t tokens = x.cols + (rest % 2 == 1 && rest > 2 && rest != 9 ? 1 : 0);
   const std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
   const std::size_t panels = ceil_div(source.outputs, panel_width);
-  const std::size_t chunk = std::min(panels, kernels.float_panels);
+  // Columns of a dense matrix want to be read in long runs; few tokens leave room for them in the cache.
+  const bool dense = source.codes == nullptr;
+  const std::size_t chunk = std::min(panels, kernels.float_panels * (dense && tokens <= 64 ? 4 : 1));
   // Blocks of about 256 tokens, whole tiles, nearly equal ones: more, and their sums leave the L2 cache.
   const std::size_t block = std::min(tokens, round_up(ceil_div(tokens, ceil_div(tokens, 256)), height));
   const std::size_t panel_tasks = ceil_div(panels, chunk);

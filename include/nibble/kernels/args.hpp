@@ -165,17 +165,23 @@ struct Bf16GemmArgs {
   std::size_t acc_stride = 0;
 };
 
-/// y[i] (+)= sum over k of a[k * lda + i] * x[k] for i < n: a dense fp32 matrix whose n outputs are contiguous
-/// (Eigen's column-major A times x). One fma a k, k ascending.
+/// y[t][i] = sum over k of a[k * lda + i] * x[t][k] for i < n: a dense fp32 matrix whose n outputs are contiguous
+/// (Eigen's column-major A), times a few tokens. One fma a k, k ascending, from 0.
 struct DenseGemvArgs {
   const float* a = nullptr;
   std::size_t lda = 0;
   std::size_t n = 0;
   std::size_t k = 0;
-  const float* x = nullptr;
+  const float* x = nullptr;  // x[t][k] at t * x_token_stride + k * x_stride
   std::size_t x_stride = 1;
-  float* y = nullptr;
+  float* y = nullptr;  // y[t][i] at t * y_stride + i
+  std::size_t tokens = 1;
+  std::size_t x_token_stride = 0;
+  std::size_t y_stride = 0;
 };
+
+/// The same of a matrix whose k inputs are contiguous (row-major A): a[i * lda + k].
+struct RowsGemvArgs : DenseGemvArgs {};
 
 /// Quantizes rows of floats to int8, one scale a row.
 /// symmetric: scale = max(absmax / 127, FLT_MIN), 1 for a row of zeros; q = rne(x / scale), within +-127; zero = 0.

@@ -99,6 +99,7 @@ struct KernelTable {
   void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;  // all formats
   void (*gemm_bf16)(const Bf16GemmArgs&) noexcept = nullptr;  // bf16
   void (*gemv_dense)(const DenseGemvArgs&) noexcept = nullptr;
+  void (*gemv_rows)(const RowsGemvArgs&) noexcept = nullptr;  // nullptr: packing first is as fast
   void (*gemm_direct)(const FloatGemvArgs&) noexcept = nullptr;  // fp32 and fp16, any number of rows
   void (*quantize_rows)(const QuantizeRowsArgs&) noexcept = nullptr;
   void (*epilogue)(const EpilogueArgs&) noexcept = nullptr;

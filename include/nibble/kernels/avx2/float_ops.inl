@@ -221,3 +221,19 @@ NIBBLE_ALWAYS_INLINE void sum_blocks_4(const std::int8_t* q, std::int32_t* out) 
 NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
+
+// Four floats each at p and 4 rows further.
+NIBBLE_ALWAYS_INLINE Vf load_quads(const float* p, std::size_t stride) noexcept {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+}
+// Blocks of 4 x 4: lane 4q + r of v[j] gets lane 4q + j of v[r].
+NIBBLE_ALWAYS_INLINE void transpose_quads(Vf (&v)[4]) noexcept {
+  const __m256 low01 = _mm256_unpacklo_ps(v[0], v[1]);
+  const __m256 high01 = _mm256_unpackhi_ps(v[0], v[1]);
+  const __m256 low23 = _mm256_unpacklo_ps(v[2], v[3]);
+  const __m256 high23 = _mm256_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm256_shuffle_ps(low01, low23, 0x44);
+  v[1] = _mm256_shuffle_ps(low01, low23, 0xEE);
+  v[2] = _mm256_shuffle_ps(high01, high23, 0x44);
+  v[3] = _mm256_shuffle_ps(high01, high23, 0xEE);
+}

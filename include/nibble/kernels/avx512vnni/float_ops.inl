@@ -17,7 +17,7 @@ constexpr int gemv_panels_2 = 4;
 constexpr int gemv_panels_4 = 4;
 // Vectors of exp at once: as many chains of 15 dependent operations as registers hold.
 constexpr int exp_vectors = 8;
-constexpr int rows_tall = 12;   // rows of gemm_direct for many, and panels for a few
+constexpr int rows_tall = 12;  // rows of gemm_direct for many, and panels for a few
 constexpr int rows_panels = 4;
 constexpr std::size_t rows_prefetch = 2048;
 constexpr std::size_t gemv_prefetch = 2048;  // bytes ahead in every panel
@@ -186,4 +186,23 @@ NIBBLE_ALWAYS_INLINE void sum_blocks_4(const std::int8_t* q, std::int32_t* out) 
 
 NIBBLE_ALWAYS_INLINE void prefetch(const void* p) noexcept {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+
+// Four floats each at p, and 4, 8 and 12 rows further.
+NIBBLE_ALWAYS_INLINE Vf load_quads(const float* p, std::size_t stride) noexcept {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_mask_broadcast_f32x4(v, 0x00F0, _mm_loadu_ps(p + 4 * stride));
+  v = _mm512_mask_broadcast_f32x4(v, 0x0F00, _mm_loadu_ps(p + 8 * stride));
+  return _mm512_mask_broadcast_f32x4(v, 0xF000, _mm_loadu_ps(p + 12 * stride));
+}
+// Blocks of 4 x 4: lane 4q + r of v[j] gets lane 4q + j of v[r].
+NIBBLE_ALWAYS_INLINE void transpose_quads(Vf (&v)[4]) noexcept {
+  const __m512 low01 = _mm512_unpacklo_ps(v[0], v[1]);
+  const __m512 high01 = _mm512_unpackhi_ps(v[0], v[1]);
+  const __m512 low23 = _mm512_unpacklo_ps(v[2], v[3]);
+  const __m512 high23 = _mm512_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm512_shuffle_ps(low01, low23, 0x44);
+  v[1] = _mm512_shuffle_ps(low01, low23, 0xEE);
+  v[2] = _mm512_shuffle_ps(high01, high23, 0x44);
+  v[3] = _mm512_shuffle_ps(high01, high23, 0xEE);
 }

@@ -39,6 +39,7 @@ namespace floats {
 #include "nibble/kernels/vector/gemm_float.inl"
 #include "nibble/kernels/vector/gemv_float.inl"
 #include "nibble/kernels/vector/gemv_dense.inl"
+#include "nibble/kernels/vector/gemv_rows.inl"
 // clang-format off
 #include "nibble/kernels/vector/bf16_fma.inl"
 #include "nibble/kernels/vector/gemm_bf16.inl"
@@ -74,6 +75,7 @@ inline constexpr KernelTable table = [] {
   t.bf16_tile_rows = floats::bf16_tile_rows;
   t.gemm_bf16 = &floats::gemm_bf16;
   floats::fill_lines(t);
+  t.gemv_rows = &floats::gemv_rows;
   return t;
 }();
 

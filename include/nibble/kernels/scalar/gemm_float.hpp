@@ -89,11 +89,23 @@ inline void gemm_bf16(const Bf16GemmArgs& a) noexcept {
 }
 
 inline void gemv_dense(const DenseGemvArgs& a) noexcept {
-  for (std::size_t i = 0; i < a.n; ++i) {
-    float acc = 0.0F;
-    for (std::size_t k = 0; k < a.k; ++k) acc = std::fma(a.a[k * a.lda + i], a.x[k * a.x_stride], acc);
-    a.y[i] = acc;
-  }
+  for (std::size_t t = 0; t < a.tokens; ++t)
+    for (std::size_t i = 0; i < a.n; ++i) {
+      float acc = 0.0F;
+      for (std::size_t k = 0; k < a.k; ++k)
+        acc = std::fma(a.a[k * a.lda + i], a.x[t * a.x_token_stride + k * a.x_stride], acc);
+      a.y[t * a.y_stride + i] = acc;
+    }
+}
+
+inline void gemv_rows(const RowsGemvArgs& a) noexcept {
+  for (std::size_t t = 0; t < a.tokens; ++t)
+    for (std::size_t i = 0; i < a.n; ++i) {
+      float acc = 0.0F;
+      for (std::size_t k = 0; k < a.k; ++k)
+        acc = std::fma(a.a[i * a.lda + k], a.x[t * a.x_token_stride + k * a.x_stride], acc);
+      a.y[t * a.y_stride + i] = acc;
+    }
 }
 
 }  // namespace detail::scalar

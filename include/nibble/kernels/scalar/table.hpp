@@ -25,6 +25,7 @@ inline constexpr KernelTable table = [] {
   t.gemv_float = &gemv_float;
   t.gemm_bf16 = &gemm_bf16;
   t.gemv_dense = &gemv_dense;
+  t.gemv_rows = &gemv_rows;
   t.gemm_direct = &gemv_float;
   t.quantize_rows = &quantize_rows;
   t.epilogue = &epilogue;

@@ -1,12 +1,12 @@
 // fp32 panels times packed rows: the product behind every float-activation GEMM.
 //
 // Tile: gemm_rows rows x gemm_panels panels, accumulators in registers over the call's whole depth. AVX-512: 12
-// x 2 zmm = 24 accumulators, 2 panel vectors, 1 broadcast; 24 FMAs on two pipes = 12 cycles a k, beside 14 loads
-// on two ports: 100 % of the FMA limit. AVX2: 6 x 2 ymm = 12 accumulators, 2 + 1; 6 cycles a k. Measured, AMD
-// EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23, 4 panels x 256 k in cache, 252 rows, GFLOP/s of the FMA loop's:
-// AVX-512 248 of 265 (93 %), 12 rows 237, 8 rows 231, 4 rows 220, 2 rows 158; AVX2 121 of 131 (93 %), 4 rows
-// 113. With unpacking, N = K = 4096, 512 rows: int4 239, fp16 222, fp32 219; AVX2 120-124. OpenBLAS 0.3.21 in
-// the same run: 121 as it chooses (AVX2), 226 when told to use AVX-512.
+// x 2 zmm = 24 accumulators, 2 panel vectors, 1 broadcast; 24 FMAs on two pipes = 12 cycles a k, beside 14 loads and 2
+// prefetches on two ports: 100 % of the FMA limit. AVX2: 6 x 2 ymm = 12 accumulators, 2 + 1; 6 cycles a k. Measured, AMD
+// EPYC (Zen 5, shared), 2026-11-23, in cache, 252 rows: AVX-512 232 of the FMA loop's 241 GFLOP/s (96 %). N = K = 4096,
+// one thread, unpacking and packing inside, loop 250: 512 rows fp32 234 (93 %), fp16 224, int4 226; 64 rows fp32 233,
+// fp16 and int4 220; 16 rows 225, 188, 196; 12 rows fp32 221 (37 GB/s). The weights that come next are fetched inside the
+// tiles: before that 16 rows of fp32 got 127, of fp16 122. OpenBLAS 0.3.21 told to use AVX-512: 220-226.
 
 // What a tile fetches beside its work: at every k, step bytes further in each panel.
 struct Fetch {
