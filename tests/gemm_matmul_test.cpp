@@ -547,9 +547,9 @@ TEST(Matmul, TransposedEqualsTheDequantizedProduct) {
 
 TEST(Gemm, DenseProductsInAnyOrder) {
   unsigned seed = 1;
-  for (Index n : {1, 16, 37, 130})
+  for (Index n : {1, 16, 37, 300})
     for (Index k : {1, 15, 300})
-      for (Index m : {1, 2, 3, 40}) {
+      for (Index m : {1, 2, 3, 4, 7, 13, 40}) {
         const MatrixXf a = random_floats(n, k, ++seed);
         const MatrixXf b = random_floats(k, m, ++seed);
         const MatrixXf at = a.transpose();
