@@ -446,13 +446,12 @@ EntryReport sweep_tokens() {
     report.seconds += rows[i].seconds;
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    const auto neighbour = [&](std::size_t j) {
-      return j < rows.size() && rows[j].kernel == rows[i].kernel ? rows[j].gops : rows[i].gops;
-    };
-    const double around = std::max(neighbour(i - 1), neighbour(i + 1));
-    if (rows[i].gops < cliff * around)
-      rows[i].note =
-          "CLIFF: " + std::to_string(static_cast<int>(100 * rows[i].gops / around)) + " % of its neighbour";
+    // A fall from one number of tokens to the next; that few tokens are slower than more is no cliff.
+    const bool first = i == 0 || rows[i - 1].kernel != rows[i].kernel;
+    const double before = first ? rows[i].gops : rows[i - 1].gops;
+    if (rows[i].gops < cliff * before)
+      rows[i].note = "CLIFF: " + std::to_string(static_cast<int>(100 * rows[i].gops / before)) +
+                     " % of the number of tokens before";
     results().rows.push_back(rows[i]);
   }
   return report;

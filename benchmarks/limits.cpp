@@ -429,6 +429,7 @@ std::string compute_limit_of(const std::string& kernel, const std::string& isa, 
   if (!avx512 && isa.substr(0, 3) != "avx") return {};
   if (kernel == "w8a8") {
     if (avx512) return "dpbusd_avx512";
+    if (isa == "avxvnni") return "dpbusd_avxvnni";
     // The exact ways to multiply s8 by s8.
     return compute_limit("pmaddwd_avx2", 1) >= compute_limit("psign_maddubs_madd_avx2", 1)
                ? "pmaddwd_avx2"
