@@ -32,6 +32,7 @@ struct BenchOptions {
 struct BatchResult {
   std::size_t sequences = 0;
   double tokens_per_second = 0.0;  // of all
+  Profile profile;                 // of options.decode tokens each
 };
 
 struct BenchResult {
@@ -76,13 +77,16 @@ inline std::vector<Token> some_tokens(std::size_t n, std::size_t vocabulary) {
 
 }  // namespace bench_detail
 
-/// Tokens a second of `sequences` that decode together, behind prompts of 64 tokens each.
-inline double bench_batch(const Model& model, std::size_t sequences, const BenchOptions& options,
-                          RunnerOptions runner_options) {
+/// Speed of `sequences` that decode together, behind prompts of 64 tokens each.
+inline BatchResult bench_batch(const Model& model, std::size_t sequences, const BenchOptions& options,
+                               RunnerOptions runner_options) {
   constexpr std::size_t prompt = 64;
   runner_options.context = prompt + options.decode + 1;
   // All prompts in one step: afterwards all decode, and end together.
   runner_options.block = prompt * sequences;
+  BatchResult result;
+  result.sequences = sequences;
+  if (options.profile) runner_options.profile = &result.profile;
   Runner runner(model, runner_options);
   BatchOptions batch_options;
   batch_options.sequences = sequences;
@@ -100,12 +104,14 @@ inline double bench_batch(const Model& model, std::size_t sequences, const Bench
       batch.submit(std::move(request));
     }
     batch.step();
+    result.profile.clear();
     const double start = limits_detail::seconds_now();
     while (batch.step()) {
     }
     times.push_back(limits_detail::seconds_now() - start);
   }
-  return static_cast<double>(sequences * options.decode) / bench_detail::median(times);
+  result.tokens_per_second = static_cast<double>(sequences * options.decode) / bench_detail::median(times);
+  return result;
 }
 
 /// Medians over options.repeats rounds. `activations` and `kv_format` as in RunnerOptions; `step` is called after every
@@ -178,7 +184,7 @@ BenchResult bench(const Model& model, const BenchOptions& options, nibble::Activ
     if (options.decode > 0) profiled(options.depth + 1, options.decode, result.decode_profile);
   }
   for (const std::size_t sequences : options.batches) {
-    result.batches.push_back({sequences, bench_batch(model, sequences, options, runner_options)});
+    result.batches.push_back(bench_batch(model, sequences, options, runner_options));
     step();
   }
 

@@ -77,14 +77,17 @@ inline void bench(const Common& c, const BenchArguments& a) {
   if (options.profile)
     for (std::size_t i = 0; i < results.size(); ++i) {
       const BenchResult& r = results[i];
-      const auto print = [&](const char* what, std::size_t tokens, const Profile& profile) {
+      const auto print = [&](const std::string& what, std::size_t tokens, const Profile& profile) {
         if (tokens == 0) return;
-        std::printf("\n%s of %zu tokens, %d threads\n%s", what, tokens, r.threads,
+        std::printf("\n%s of %zu tokens, %d threads\n%s", what.c_str(), tokens, r.threads,
                     profile_table(profile, r.limits).c_str());
         runs[i]["profile"][what] = profile_json(profile, r.limits);
       };
       print("prompt", options.prompt, r.prompt_profile);
       print("decode", options.decode, r.decode_profile);
+      if (options.decode > 0)
+        for (const BatchResult& b : r.batches)
+          print("decode, " + std::to_string(b.sequences) + " together", options.decode * b.sequences, b.profile);
     }
   const BenchResult& last = results.back();
   write_json(c, {{"model", c.model},
