@@ -8,6 +8,8 @@
 
 #include "nibble/core/abi.hpp"
 #include "nibble/formats/format.hpp"
+#include "nibble/formats/int4.hpp"
+#include "nibble/formats/nf4.hpp"
 #include "nibble/kernels/args.hpp"
 #include "nibble/kernels/scalar/exp.hpp"
 #include "nibble/kernels/scalar/table.hpp"
@@ -46,6 +48,9 @@ namespace floats {
 #include "nibble/kernels/vector/epilogue.inl"
 #include "nibble/kernels/vector/nn.inl"
 #include "nibble/kernels/vector/fill.inl"
+#include "nibble/kernels/neon/line_ops.inl"
+#include "nibble/kernels/vector/groups.inl"
+#include "nibble/kernels/vector/lanes.inl"
 #undef NIBBLE_UNROLL
 }  // namespace floats
 
@@ -64,6 +69,7 @@ inline constexpr KernelTable table = [] {
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
   floats::fill(t);
+  floats::fill_lines(t);
   t.bf16_tile_rows = floats::bf16_tile_rows;
   t.gemm_bf16 = &floats::gemm_bf16_checked;
   return t;
