@@ -65,6 +65,7 @@ namespace floats {
 inline constexpr KernelTable table = [] {
   KernelTable t = scalar::table;  // for what has no kernel here
   t.isa = Isa::neon;
+  t.gemv_rows = nullptr;
   t.int_panels = 4;
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
