@@ -6,9 +6,10 @@
 // from a line that L1 holds. Port arithmetic, AVX-512, 12 x 2: 24 FMAs on two pipes = 12 cycles a k, beside 12
 // broadcasts and 2 loads (fp16: converting ones) on two ports, 7; 3 x 4: 12 FMAs = 6 cycles for 128 bytes of fp16. So
 // one tile is bound by FMA, and few rows by memory: the panels are as many streams, with a software prefetch in each.
-// Measured, AMD EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23, fp16 in cache: 12 rows 237-242 GFLOP/s (AVX2 122;
-// the FMA loops of gemm_float.inl: 265 and 131); 3 rows 72-80 GB/s of panels (AVX2 23-28), 1 row 121-127. Attention of one token at 4,000 positions
-// from DRAM, softmax included: 27-31 GB/s where the read loop has 31-33 (in one run 21 of 34).
+// Measured, AMD EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23, fp16 in cache: 12 rows 237-242 GFLOP/s (AVX2 122; the FMA
+// loops of gemm_float.inl: 265 and 131); 3 rows 77-81 GB/s of panels, 232-242 GFLOP/s (AVX2 40, 120), 1 row 125 (104).
+// Attention of one token at 4,000 positions from DRAM, softmax included: 27-31 GB/s where the read loop has 31-33 (in
+// one run 21 of 34).
 
 // Loads k's 16 lanes of one panel.
 template <bool fp16>
@@ -22,16 +23,39 @@ NIBBLE_ALWAYS_INLINE void rows_step(const std::uint8_t* codes, std::size_t panel
                                     const float* const (&x)[(R + 3) / 4], std::size_t stride, std::size_t k,
                                     Vf (&sum)[R][P * halves]) noexcept {
   constexpr std::size_t step = fp16 ? 32 : 64;
-  Vf b[P * halves];
-  NIBBLE_UNROLL
-  for (int v = 0; v < P * halves; ++v)
-    b[v] = load_panel<fp16>(codes + static_cast<std::size_t>(v / halves) * panel_bytes + k * step, v % halves);
-  NIBBLE_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const Vf a = set1(x[r / 4][static_cast<std::size_t>(r % 4) * stride + k]);
+  const auto panel_lanes = [&](int v) noexcept {
+    return load_panel<fp16>(codes + static_cast<std::size_t>(v / halves) * panel_bytes + k * step, v % halves);
+  };
+  const auto broadcast = [&](int r) noexcept {
+    return set1(x[r / 4][static_cast<std::size_t>(r % 4) * stride + k]);
+  };
+  // The shorter side stays in registers while the other passes.
+  if constexpr (R < P * halves) {
+    Vf a[R];
     NIBBLE_UNROLL
-    for (int v = 0; v < P * halves; ++v) sum[r][v] = fma(b[v], a, sum[r][v]);
+    for (int r = 0; r < R; ++r) a[r] = broadcast(r);
+    NIBBLE_UNROLL
+    for (int v = 0; v < P * halves; ++v) {
+      const Vf b = panel_lanes(v);
+      NIBBLE_UNROLL
+      for (int r = 0; r < R; ++r) sum[r][v] = fma(b, a[r], sum[r][v]);
+    }
+  } else {
+    Vf b[P * halves];
+    NIBBLE_UNROLL
+    for (int v = 0; v < P * halves; ++v) b[v] = panel_lanes(v);
+    NIBBLE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vf a = broadcast(r);
+      NIBBLE_UNROLL
+      for (int v = 0; v < P * halves; ++v) sum[r][v] = fma(b[v], a, sum[r][v]);
+    }
   }
+}
+
+// Panels of a tile of up to four rows: where a panel is two vectors of sixteen registers, as many as fit.
+constexpr int few_panels(int rows) noexcept {
+  return halves != 2 ? rows_panels : rows == 1 ? 4 : rows == 4 ? 1 : 2;
 }
 
 // R rows from `row` x P panels from `panel`, over all of k.
@@ -95,10 +119,10 @@ inline void rows_all(const FloatGemvArgs& a) noexcept {
   if constexpr (rows_tall > 6) {
     for (; a.rows - row >= 6; row += 6) rows_panels_of<fp16, 6, tall_panels>(a, row);
   }
-  for (; a.rows - row >= 4; row += 4) rows_panels_of<fp16, 4, rows_panels>(a, row);
-  if (a.rows - row == 3) rows_panels_of<fp16, 3, rows_panels>(a, row);
-  if (a.rows - row == 2) rows_panels_of<fp16, 2, rows_panels>(a, row);
-  if (a.rows - row == 1) rows_panels_of<fp16, 1, rows_panels>(a, row);
+  for (; a.rows - row >= 4; row += 4) rows_panels_of<fp16, 4, few_panels(4)>(a, row);
+  if (a.rows - row == 3) rows_panels_of<fp16, 3, few_panels(3)>(a, row);
+  if (a.rows - row == 2) rows_panels_of<fp16, 2, few_panels(2)>(a, row);
+  if (a.rows - row == 1) rows_panels_of<fp16, 1, few_panels(1)>(a, row);
 }
 
 inline void gemm_direct(const FloatGemvArgs& a) noexcept {
