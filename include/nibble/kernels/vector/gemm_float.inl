@@ -4,7 +4,7 @@
 // x 2 zmm = 24 accumulators, 2 panel vectors, 1 broadcast; 24 FMAs on two pipes = 12 cycles a k, beside 14 loads and 2
 // prefetches on two ports: 100 % of the FMA limit. AVX2: 6 x 2 ymm = 12 accumulators, 2 + 1; 6 cycles a k. Measured, AMD
 // EPYC (Zen 5, shared), 2026-11-23, in cache, 252 rows: AVX-512 232 of the FMA loop's 241 GFLOP/s (96 %). N = K = 4096,
-// one thread, unpacking and packing inside, loop 250: 512 rows fp32 234 (93 %), fp16 224, int4 226; 64 rows fp32 233,
+// one thread, unpacking and packing inside, loop 250: 512 rows fp32 234 (93 %), int4 226, fp16 220 (loop 243); 64 rows fp32 233,
 // fp16 and int4 220; 16 rows 225, 188, 196; 12 rows fp32 221 (37 GB/s). The weights that come next are fetched inside the
 // tiles: before that 16 rows of fp32 got 127, of fp16 122. OpenBLAS 0.3.21 told to use AVX-512: 220-226.
 

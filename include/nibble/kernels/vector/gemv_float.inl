@@ -2,15 +2,12 @@
 //
 // Tile: 1, 2 or 4 rows (3 are 4 with one dropped) x gemv_panels_1, _2, _4 panels; one pass over the weights.
 // Port arithmetic, AVX-512, 16 weights by R rows, FMA and multiply on the same two pipes: int4 and nf4 shift +
-// permute + multiply + R FMAs = (1 + R) / 2 cycles; int8 shuffle + subtract + convert + multiply + R FMAs on
-// four pipes, 1.25 cycles at R = 1; fp16, bf16, fp32 R / 2. AVX2 takes twice as many vectors, and int4 shift,
-// shift, convert. In DRAM the limit is what one core reads. The panels are as many streams for the hardware
-// prefetchers, and a software prefetch 2 KB ahead in each takes int4 from 23 to 30 GB/s, int8 from 26 to 38.
-// Measured, AMD EPYC (Zen 5, 4.1 GHz, shared), 2026-11-23, 16384 x 8192 in DRAM, best read loop 40-42 GB/s, GB/s
-// of weights:
-//   1 row, AVX-512: fp32 40, fp16 38, bf16 38, int8 38, int4 g32 30 (multiply and FMA bind: 36), nf4 29
-//   4 rows, AVX-512: fp32 37, fp16 38, int8 21 (165 GFLOP/s), int4 g32 12.6 (179 GFLOP/s of 212)
-//   1 row, AVX2: fp32 39, fp16 39, int8 20-21, int4 g32 11.2 (10 uops a 16 weights: 14.8), nf4 8.4
+// permute + multiply + R FMAs = (1 + R) / 2 cycles; int8 logic + subtract + multiply + R FMAs; fp16, bf16, fp32 R / 2.
+// AVX2 takes twice as many vectors, and int4 shift, shift, convert. In DRAM the limit is what one core reads: four
+// panels are as many streams for the hardware prefetchers, with a software prefetch 2 KB ahead in each.
+// Measured, AMD EPYC (Zen 5, shared), 2026-11-23, AVX-512, GB/s of weights:
+//   1 row in DRAM, read loop 37-39: fp32 35.5, fp16 35.9, int8 32, int4 g32 26 (multiply and FMA bind at 34)
+//   1 row in cache: fp16 111, int8 44.6, int4 30.2 (107 GFLOP/s), nf4 28.6; 4 rows: int8 172 GFLOP/s, int4 176
 
 // Panels beyond the last alias it: they cost no memory traffic, and their sums are dropped. So do rows.
 template <Decode kind, int R, int P, int I>
