@@ -146,7 +146,8 @@ class Vocabulary : public VocabularySettings {
     require<FormatError>(ascends && last <= arrays_.text.size(),
                          "the vocabulary's ends of tokens do not ascend within its text");
     bool known = true;
-    for (const MergeRule& rule : arrays_.merges) known &= has(rule.left) & has(rule.right) & has(rule.result);
+    for (const MergeRule& rule : arrays_.merges)
+      known = known && has(rule.left) && has(rule.right) && has(rule.result);
     require<FormatError>(known, "the vocabulary's merges name a token that does not exist");
     for (Token* t : {&bos, &eos, &eot, &unknown})
       if (!has(*t)) *t = no_token;
