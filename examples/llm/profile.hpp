@@ -29,16 +29,16 @@ inline constexpr std::size_t operation_count = 11;
 
 constexpr const char* name_of(Operation o) {
   constexpr const char* names[operation_count] = {"embedding",
-                                             "norms",
-                                             "activation quantization",
-                                             "q, k, v",
-                                             "rope, KV store",
-                                             "attention",
-                                             "attention's output",
-                                             "gate, up",
-                                             "down",
-                                             "output layer",
-                                             "sampling"};
+                                                  "norms",
+                                                  "activation quantization",
+                                                  "q, k, v",
+                                                  "rope, KV store",
+                                                  "attention",
+                                                  "attention's output",
+                                                  "gate, up",
+                                                  "down",
+                                                  "output layer",
+                                                  "sampling"};
   return names[static_cast<std::size_t>(o)];
 }
 
