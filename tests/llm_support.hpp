@@ -61,7 +61,8 @@ inline std::string model_file() {
 }
 
 /// Byte-level BPE over all 256 bytes and the given merges, each "left right" in GPT-2's printable characters.
-inline llm::VocabularyLists bpe_vocabulary(const std::vector<std::string>& merges, const std::string& pre = "gpt-2") {
+inline llm::VocabularyLists bpe_vocabulary(const std::vector<std::string>& merges,
+                                           const std::string& pre = "gpt-2") {
   llm::VocabularyLists v;
   v.model = "gpt2";
   v.pre = pre;

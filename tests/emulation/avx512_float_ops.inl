@@ -118,7 +118,8 @@ NIBBLE_EMULATED Vf sub(Vf a, Vf b) noexcept {
 }
 constexpr bool has_scalef = true;
 NIBBLE_EMULATED Vf scalef(Vf a, Vf n) noexcept {
-  return each([&](int i) { return a.v[i] == a.v[i] ? rounded(std::ldexp(a.v[i], static_cast<int>(n.v[i]))) : a.v[i]; });
+  return each(
+      [&](int i) { return a.v[i] == a.v[i] ? rounded(std::ldexp(a.v[i], static_cast<int>(n.v[i]))) : a.v[i]; });
 }
 NIBBLE_EMULATED Vf div(Vf a, Vf b) noexcept {
   return each([&](int i) { return rounded(a.v[i] / b.v[i]); });

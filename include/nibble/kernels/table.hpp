@@ -97,9 +97,9 @@ struct KernelTable {
   void (*unpack)(const UnpackArgs&) noexcept = nullptr;  // all formats
   void (*gemm_float)(const FloatGemmArgs&) noexcept = nullptr;
   void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;  // all formats
-  void (*gemm_bf16)(const Bf16GemmArgs&) noexcept = nullptr;  // bf16
+  void (*gemm_bf16)(const Bf16GemmArgs&) noexcept = nullptr;    // bf16
   void (*gemv_dense)(const DenseGemvArgs&) noexcept = nullptr;
-  void (*gemv_rows)(const RowsGemvArgs&) noexcept = nullptr;  // nullptr: packing first is as fast
+  void (*gemv_rows)(const RowsGemvArgs&) noexcept = nullptr;     // nullptr: packing first is as fast
   void (*gemm_direct)(const FloatGemvArgs&) noexcept = nullptr;  // fp32 and fp16, any number of rows
   void (*quantize_rows)(const QuantizeRowsArgs&) noexcept = nullptr;
   void (*epilogue)(const EpilogueArgs&) noexcept = nullptr;
