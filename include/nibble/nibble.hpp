@@ -35,7 +35,6 @@
 #include "nibble/gemm/matmul.hpp"
 #include "nibble/gemm/pack.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
-#include "nibble/gemm/thread_pool.hpp"
 #include "nibble/gemm/workspace.hpp"
 
 #include "nibble/nn/attention.hpp"

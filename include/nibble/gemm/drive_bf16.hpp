@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "nibble/core/thread_pool.hpp"
 #include "nibble/gemm/drive_int.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
-#include "nibble/gemm/thread_pool.hpp"
 #include "nibble/gemm/view.hpp"
 #include "nibble/gemm/workspace.hpp"
 

@@ -76,10 +76,10 @@ struct LineBlock {
   }
 };
 
-/// Lines a block: enough to use every byte of the cache lines that a column-major matrix yields (64 bytes hold 16
-/// floats), few enough that the block stays in L2.
+/// Lines a block. Every column of a column-major matrix that a block visits is another page: 64 lines make 256 bytes of
+/// each visit (Zen 5, 8192 x 8192: 0.64 ns an element, 0.93 with 16 lines), and at most 2 MB keep the block in cache.
 inline std::size_t lines_per_block(std::size_t line_length) noexcept {
-  constexpr std::size_t budget = 65536;  // floats
+  constexpr std::size_t budget = std::size_t{1} << 19;  // floats
   return std::clamp<std::size_t>(budget / std::max<std::size_t>(line_length, 1), 16, 64);
 }
 
