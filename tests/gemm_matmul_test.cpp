@@ -131,8 +131,10 @@ TEST(Matmul, Bf16Activations) {
   const Scheme scheme = scheme_of(Format::bf16, Symmetry::symmetric, Granularity::per_tensor());
   ThreadPool pool(2);
   unsigned seed = 50;
-  for (const auto& [n, k] : {std::pair<std::size_t, std::size_t>{1, 1}, {17, 33}, {150, 517}})
+  for (const auto& shape : {std::pair<std::size_t, std::size_t>{1, 1}, {17, 33}, {150, 517}})
     for (Index m : {1, 2, 3, 7, 8, 11, 13, 25, 300}) {
+      const std::size_t n = shape.first;
+      const std::size_t k = shape.second;
       const QuantizedTensor q = random_quantized(scheme, n, k, ++seed);
       const PackedMatrix w = pack(q);
       const MatrixXf x = random_floats(static_cast<Index>(k), m, ++seed);

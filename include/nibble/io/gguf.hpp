@@ -109,7 +109,7 @@ constexpr bool gguf_fits(V v) noexcept {
     return false;
   } else {
     constexpr bool to_float = std::is_floating_point_v<T>;
-    constexpr std::uint64_t most = to_float ? std::uint64_t{1} << std::numeric_limits<T>::digits
+    constexpr std::uint64_t most = to_float ? std::uint64_t{1} << (to_float ? std::numeric_limits<T>::digits : 0)
                                             : static_cast<std::uint64_t>(std::numeric_limits<T>::max());
     if constexpr (std::is_signed_v<V>) {
       // -min of a signed type is max + 1.
