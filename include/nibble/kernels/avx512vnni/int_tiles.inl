@@ -319,7 +319,13 @@ inline void rows_pass(const IntGemmArgs& a, std::size_t row0, std::size_t rows) 
       const std::size_t height = lowest + (t < higher ? 1 : 0);
       switch (height) {
         case 2: tiles<Weights, end, 2>(a, row, p, stop, fetch); break;
-        case 3: tiles<Weights, end, 3>(a, row, p, stop, fetch); break;
+        case 3:
+          // Three rows of int8 wait for their loads: under another tile the row before is computed twice.
+          if (t != 0 && Weights::unit_bytes == 128)
+            tiles<Weights, end, 4>(a, row - 1, p, stop, fetch);
+          else
+            tiles<Weights, end, 3>(a, row, p, stop, fetch);
+          break;
         case 4: tiles<Weights, end, 4>(a, row, p, stop, fetch); break;
         case 5: tiles<Weights, end, 5>(a, row, p, stop, fetch); break;
         default: tiles<Weights, end, 6>(a, row, p, stop, fetch); break;
