@@ -314,7 +314,8 @@ class Runner {
     bool integers = false;
     for (const nibble::AttentionSpan& s : spans_) {
       const auto past = static_cast<double>(s.past), tokens = static_cast<double>(s.tokens);
-      bytes += (past + tokens) * static_cast<double>(s.cache->bytes_per_position() / h_.layers);
+      bytes +=
+          (past + tokens) * static_cast<double>(s.cache->bytes_per_position()) / static_cast<double>(h_.layers);
       seen += tokens * past + tokens * (tokens + 1.0) / 2.0;
       integers = s.cache->format() == nibble::KvFormat::int8;
     }
