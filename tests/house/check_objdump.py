@@ -169,4 +169,5 @@ def main():
     return 0 if check(sys.argv[1]) else 1
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

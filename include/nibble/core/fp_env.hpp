@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "nibble/core/abi.hpp"
 
@@ -53,25 +54,17 @@ class FpEnvironment {
   FpEnvironment& operator=(const FpEnvironment&) = delete;
 };
 
-/// `v`, rounded here: keeps the compiler from contracting the operation that made v with the next one into an FMA.
-NIBBLE_ALWAYS_INLINE float rounded(float v) noexcept {
+/// `v`, a float or a double, rounded here: keeps the compiler from contracting the operation that made v with the next
+/// one into an FMA.
+template <class T>
+NIBBLE_ALWAYS_INLINE T rounded(T v) noexcept {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "rounded takes a float or a double");
 #if NIBBLE_X86
   __asm__("" : "+x"(v));
 #elif defined(__aarch64__)
   __asm__("" : "+w"(v));
 #else
-  volatile float fence = v;
-  v = fence;
-#endif
-  return v;
-}
-NIBBLE_ALWAYS_INLINE double rounded(double v) noexcept {
-#if NIBBLE_X86
-  __asm__("" : "+x"(v));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(v));
-#else
-  volatile double fence = v;
+  volatile T fence = v;
   v = fence;
 #endif
   return v;

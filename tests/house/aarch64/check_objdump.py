@@ -11,23 +11,16 @@ import subprocess
 import sys
 import tempfile
 
+# x86's check of the same name, in the folder above, knows how an ISA's functions are called.
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+from check_objdump import home_of  # noqa: E402
+
 OBJDUMP = "aarch64-linux-gnu-objdump"
-# nibble::<abi>::detail::<isa>, mangled: a demangled name may mention a namespace in a template argument only.
-HOME = re.compile(r"^_Z(?:Z|GV|TW|L)*N[KVrRO]*6nibble(\d+)")
 OWN = {"sdot": "neon_dotprod", "udot": "neon_dotprod", "usdot": "neon_i8mm", "sudot": "neon_i8mm",
        "smmla": "neon_i8mm", "ummla": "neon_i8mm", "usmmla": "neon_i8mm"}
 # Of extensions that no kernel uses.
 FOREIGN = {"bfdot", "bfmmla", "bfmlalb", "bfmlalt", "fmlal", "fmlal2", "fmlsl", "whilelo", "ptrue", "ld1w", "ld1b"}
 NEEDED = {"sdot": "neon_dotprod", "usmmla": "neon_i8mm", "usdot": "neon_i8mm"}
-
-
-def home_of(symbol):
-    match = HOME.match(symbol)
-    if not match:
-        return None
-    rest = symbol[match.end() + int(match.group(1)):]
-    match = re.match(r"6detail(\d+)", rest)
-    return rest[match.end():match.end() + int(match.group(1))] if match else None
 
 
 def scan(path):
