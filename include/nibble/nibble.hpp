@@ -44,6 +44,8 @@
 #include "nibble/nn/rope.hpp"
 #include "nibble/nn/softmax.hpp"
 
+#include "nibble/ptq/weight_grids.hpp"
+
 #include "nibble/io/atomic_file.hpp"
 #include "nibble/io/gguf.hpp"
 #include "nibble/io/gguf_quantized.hpp"
