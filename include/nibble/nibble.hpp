@@ -33,6 +33,7 @@
 #include "nibble/gemm/epilogue.hpp"
 #include "nibble/gemm/explain.hpp"
 #include "nibble/gemm/matmul.hpp"
+#include "nibble/gemm/outliers.hpp"
 #include "nibble/gemm/pack.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
 #include "nibble/gemm/workspace.hpp"
