@@ -45,6 +45,8 @@
 #include "nibble/nn/rope.hpp"
 #include "nibble/nn/softmax.hpp"
 
+#include "nibble/ptq/fold.hpp"
+#include "nibble/ptq/hadamard.hpp"
 #include "nibble/ptq/weight_grids.hpp"
 
 #include "nibble/io/atomic_file.hpp"
