@@ -50,6 +50,12 @@
 #include "nibble/ptq/observers.hpp"
 #include "nibble/ptq/weight_grids.hpp"
 
+#include "nibble/train/attention.hpp"
+#include "nibble/train/linear.hpp"
+#include "nibble/train/options.hpp"
+#include "nibble/train/rms_norm.hpp"
+#include "nibble/train/swiglu.hpp"
+
 #include "nibble/io/atomic_file.hpp"
 #include "nibble/io/gguf.hpp"
 #include "nibble/io/gguf_quantized.hpp"

@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 
-LAYERS = ["core", "formats", "kernels", "quantize", "gemm", "nn", "ptq", "io"]
+LAYERS = ["core", "formats", "kernels", "quantize", "gemm", "nn", "ptq", "train", "io"]
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
 # Headers of the system that are neither Eigen's nor the C++ library's, and need nothing to be installed.
 SYSTEM = re.compile(r"^(Eigen/|unsupported/Eigen/|[a-z_]+$|(cpuid|immintrin|xmmintrin|emmintrin|fcntl|unistd|pthread)\.h$"

@@ -49,7 +49,13 @@ void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, Ma
     const std::size_t threads = options.pool == nullptr ? 1 : static_cast<std::size_t>(options.pool->threads());
     const std::size_t chunk = detail::round_up(detail::ceil_div(a.rows, threads), 64);
     const detail::Output out = detail::float_output(c);
-    detail::for_tasks(options.pool, detail::ceil_div(a.rows, chunk), [&](std::size_t task, std::size_t) {
+    // The epilogue may read c, so sums wait elsewhere for it.
+    const bool finish = options.epilogue.steps() != 0;
+    float* scratch = nullptr;
+    if (finish)
+      scratch =
+          reinterpret_cast<float*>(detail::workspace_of(options).take(threads * chunk * b.cols * sizeof(float)));
+    detail::for_tasks(options.pool, detail::ceil_div(a.rows, chunk), [&](std::size_t task, std::size_t thread) {
       const std::size_t row = task * chunk;
       const std::size_t rows = std::min(chunk, a.rows - row);
       detail::RowsGemvArgs args;
@@ -59,13 +65,13 @@ void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, Ma
       args.k = a.cols;
       args.x = b.data;
       args.x_stride = b.row_stride;
-      args.y = out.floats + row;
+      args.y = finish ? scratch + thread * chunk * b.cols : out.floats + row;
       args.tokens = b.cols;
       args.x_token_stride = b.col_stride;
-      args.y_stride = out.stride;
+      args.y_stride = finish ? chunk : out.stride;
       outputs_contiguous ? kernels.gemv_dense(args) : kernels.gemv_rows(args);
-      if (options.epilogue.steps() != 0)
-        detail::finish_tile(kernels, out.floats + row, out.stride, 0, b.cols, row, rows, nullptr, nullptr, nullptr,
+      if (finish)
+        detail::finish_tile(kernels, args.y, args.y_stride, 0, b.cols, row, rows, nullptr, nullptr, nullptr,
                             options.epilogue, out);
     });
   }

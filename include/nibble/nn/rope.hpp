@@ -45,6 +45,7 @@ class Rope {
     const std::size_t size = detail::checked_mul(
         detail::checked_mul(options.positions, options.dimensions, "rope table"), 2, "rope table");
     table_.reset(new float[size]);  // written when it is needed
+    inverse_.reset(new float[size / 2]);
   }
 
   /// Computes the angles of positions [0, positions); what was computed stays. Not while others use this.
@@ -54,6 +55,7 @@ class Rope {
     for (; prepared_ < positions; ++prepared_) {
       float* cosines = row(prepared_);
       float* sines = cosines + options_.dimensions;
+      float* back = inverse_.get() + prepared_ * options_.dimensions;
       for (std::size_t i = 0; i < frequencies_.size(); ++i) {
         const double angle = static_cast<double>(prepared_) / options_.linear_scale * frequencies_[i];
         const auto cosine = static_cast<float>(std::cos(angle));
@@ -62,8 +64,29 @@ class Rope {
         cosines[2 * i + 1] = cosine;
         sines[2 * i] = -sine;
         sines[2 * i + 1] = sine;
+        back[2 * i] = sine;
+        back[2 * i + 1] = -sine;
       }
     }
+  }
+
+  /// Turns back by the same angle what apply() has turned: its inverse but for the scale, and the gradient's way through it
+  /// (a rotation's transpose). The same constraints.
+  void apply_inverse(float* x, std::size_t heads, std::size_t head_size, std::size_t position, float scale = 1.0F,
+                     const detail::KernelTable& kernels = detail::kernels()) const {
+    detail::require(position < prepared_, "rope position is ", position, ", prepared are ", prepared_);
+    detail::require(head_size >= options_.dimensions, "head_size is ", head_size, ", expected at least the ",
+                    options_.dimensions, " dimensions of rope");
+    const detail::FpEnvironment environment;
+    detail::RopeArgs args;
+    args.x = x;
+    args.heads = heads;
+    args.head_size = head_size;
+    args.pairs = frequencies_.size();
+    args.cosines = row(position);
+    args.sines = inverse_.get() + position * options_.dimensions;
+    args.scale = scale;
+    kernels.rope(args);
   }
 
   /// Turns `heads` heads of head_size floats at x, in place, for a position that is prepared, and multiplies all by
@@ -91,7 +114,8 @@ class Rope {
   RopeOptions options_;
   std::vector<double> frequencies_;
   std::size_t prepared_ = 0;
-  std::unique_ptr<float[]> table_;  // [positions][cosines, sines][dimensions]
+  std::unique_ptr<float[]> table_;    // [positions][cosines, sines][dimensions]
+  std::unique_ptr<float[]> inverse_;  // [positions][dimensions], sines of the angles back
 };
 
 }  // namespace NIBBLE_ABI
