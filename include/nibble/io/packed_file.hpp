@@ -56,12 +56,6 @@ namespace detail {
 
 inline constexpr std::string_view packed_matrix_prefix = "matrix:";
 
-constexpr std::string_view name_of(Granularity::Kind kind) noexcept {
-  return kind == Granularity::Kind::per_tensor    ? "per_tensor"
-         : kind == Granularity::Kind::per_channel ? "per_channel"
-                                                  : "per_group";
-}
-
 inline std::string packed_header_text(const PackedHeader& header) {
   const Scheme& s = header.scheme;
   nlohmann::json json;

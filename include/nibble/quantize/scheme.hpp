@@ -60,6 +60,12 @@ inline constexpr std::size_t max_rank = 8;
 
 namespace detail {
 
+constexpr std::string_view name_of(Granularity::Kind kind) noexcept {
+  return kind == Granularity::Kind::per_tensor    ? "per_tensor"
+         : kind == Granularity::Kind::per_channel ? "per_channel"
+                                                  : "per_group";
+}
+
 /// Lowest and highest code as stored (symmetric int4: 8 is zero).
 struct CodeRange {
   int min = 0;
