@@ -187,6 +187,27 @@ class BlockRunner {
     nibble::gemm(block[BlockMatrix::down], at(BlockInput::gated), y, product(nibble::Epilogue().add(hidden_)));
   }
 
+  /// One stage of forward() alone: what `which` is for the hidden states x, those after attention for ffn_norm and gated.
+  void input(const FloatBlock& block, BlockInput which, const nibble::ConstMatrixRef& x, Matrix& out) {
+    const bool attention = which <= BlockInput::attention;
+    Matrix& normed = at(attention ? BlockInput::attention_norm : BlockInput::ffn_norm);
+    norm(x, attention ? block.attention_norm : block.ffn_norm, normed);
+    if (which == BlockInput::attention) {
+      gemm(block[BlockMatrix::query], normed, query_);
+      gemm(block[BlockMatrix::key], normed, key_);
+      gemm(block[BlockMatrix::value], normed, value_);
+      attend(x.cols());
+    } else if (which == BlockInput::gated) {
+      gemm(block[BlockMatrix::up], normed, up_);
+      gemm(block[BlockMatrix::gate], normed, at(which), nibble::Epilogue().silu().multiply(up_));
+    }
+    out.swap(at(which));
+  }
+  /// The other: x += w in, which ends attention (w: output) and the block (w: down).
+  void add_product(const WeightMatrix& w, const Matrix& in, Matrix& x) {
+    nibble::gemm(w, in, x, product(nibble::Epilogue().add(x)));
+  }
+
   /// inputs x T, as the last forward() had them.
   const Matrix& input(BlockInput which) const { return inputs_[static_cast<std::size_t>(which)]; }
   const Matrix& input(BlockMatrix m) const { return input(input_of(m)); }

@@ -56,9 +56,11 @@ struct Method {
 };
 
 inline const char* method_help() {
-  return "How codes are chosen: steps joined by '+'. Transforms that keep the float model: equalize, smoothquant, awq, "
+  return "How codes are chosen: steps joined by '+'. Transforms that keep the float model: equalize, smoothquant, "
+         "awq, "
          "rotate. Then one of rtn (round to nearest), mse (ranges of least error), importance, hqq, gptq; then "
-         "autoround, bias. E.g. gptq, awq+gptq, gptq+autoround. llm-int8: outlier inputs in 16 bits. tune: format and "
+         "autoround, bias. E.g. gptq, awq+gptq, gptq+autoround. llm-int8: outlier inputs in 16 bits. tune: format "
+         "and "
          "method of every matrix from measured sensitivities";
 }
 
@@ -73,9 +75,9 @@ inline Method parse_method(std::string_view text) {
     std::string_view name;
     int phase;  // 0: a transform, 1: a rounding, 2: an improvement, 3: alone
   };
-  static constexpr Step steps[] = {{"rotate", 0}, {"equalize", 0},   {"smoothquant", 0}, {"awq", 0},
-                                   {"rtn", 1},    {"mse", 1},        {"importance", 1},  {"hqq", 1},
-                                   {"gptq", 1},   {"autoround", 2},  {"bias", 2},        {"llm-int8", 3},
+  static constexpr Step steps[] = {{"rotate", 0}, {"equalize", 0},  {"smoothquant", 0}, {"awq", 0},
+                                   {"rtn", 1},    {"mse", 1},       {"importance", 1},  {"hqq", 1},
+                                   {"gptq", 1},   {"autoround", 2}, {"bias", 2},        {"llm-int8", 3},
                                    {"tune", 3}};
   Method m;
   int phase = 0;
@@ -84,10 +86,13 @@ inline Method parse_method(std::string_view text) {
     const std::size_t end = std::min(text.find('+', begin), text.size());
     const std::string_view word = text.substr(begin, end - begin);
     begin = end + 1;
-    const Step* step = std::find_if(std::begin(steps), std::end(steps), [&](const Step& s) { return s.name == word; });
+    const Step* step =
+        std::find_if(std::begin(steps), std::end(steps), [&](const Step& s) { return s.name == word; });
     if (step == std::end(steps)) bad("'" + std::string(word) + "' is no step");
-    if (std::find(seen.begin(), seen.end(), word) != seen.end()) bad("'" + std::string(word) + "' stands there twice");
-    if (!seen.empty() && (step->phase == 3 || phase == 3)) bad("'" + std::string(word) + "' goes with no other step");
+    if (std::find(seen.begin(), seen.end(), word) != seen.end())
+      bad("'" + std::string(word) + "' stands there twice");
+    if (!seen.empty() && (step->phase == 3 || phase == 3))
+      bad("'" + std::string(word) + "' goes with no other step");
     if (step->phase < phase) bad("'" + std::string(word) + "' comes too late");
     if (step->phase == 1 && phase == 1) bad("only one rounding is possible");
     phase = step->phase;

@@ -18,9 +18,9 @@
 #include <utility>
 #include <vector>
 
+#include "../block.hpp"
 #include "../model_file.hpp"
 #include "../quantize_model.hpp"
-#include "block_forward.hpp"
 #include "method.hpp"
 #include "nibble/io/packed_file.hpp"
 #include "report.hpp"
@@ -36,6 +36,7 @@ struct MatrixPlan {
 };
 
 struct PtqOptions {
+  Method method;                                         // of the whole run: its transforms
   std::function<MatrixPlan(const TensorInfo&)> plan_of;  // of every matrix of the model
   RoundingOptions rounding;
   std::vector<std::vector<Token>> windows;  // calibration text; may be empty where no method needs one
@@ -52,17 +53,6 @@ struct PtqResult {
   std::size_t first_block = 0;  // blocks before it were found done
 };
 
-/// Stages of a block: which matrices share an input.
-inline constexpr std::size_t block_stages = 4;
-inline const std::vector<std::size_t>& stage_matrices(std::size_t stage) {
-  static const std::vector<std::size_t> stages[block_stages] = {
-      {BlockMatrix::query, BlockMatrix::key, BlockMatrix::value},
-      {BlockMatrix::output},
-      {BlockMatrix::gate, BlockMatrix::up},
-      {BlockMatrix::down}};
-  return stages[stage];
-}
-
 /// Quantizes one model. Deterministic: the same bits for any number of threads, and after any number of kills.
 class PtqPipeline {
  public:
@@ -71,14 +61,18 @@ class PtqPipeline {
         options_(options),
         h_(in.hparams()),
         tokens_(options.windows.empty() ? 0 : options.windows.front().size()) {
-    Eigen::VectorXf divisors;
-    if (in.has("rope_freqs.weight")) divisors = in.vector("rope_freqs.weight");
-    if (tokens_ > 0) forward_ = std::make_unique<BlockForward>(h_, divisors, tokens_, options.pool);
+    BlockOptions block;
+    block.rope_divisors = rope_divisors_of(in);
+    block.pool = options.pool;
+    if (tokens_ > 0) {
+      block.window = tokens_;
+      forward_ = std::make_unique<BlockRunner>(h_, block);
+    }
     for (const TensorInfo& t : in.tensors())
       if (t.is_matrix()) plans_.emplace_back(t.name, resolved(t));
   }
 
-  std::size_t steps() const { return h_.layers * block_stages; }
+  std::size_t steps() const { return h_.layers * block_inputs.size(); }
 
   /// Writes the packed file `path`.
   PtqResult run(const std::string& path) {
@@ -92,7 +86,7 @@ class PtqPipeline {
       while (block < h_.layers && std::filesystem::exists(folder.block_path(block))) ++block;
     }
     result.first_block = block;
-    for (std::size_t s = 0; s < block * block_stages; ++s) options_.done("resumed");
+    for (std::size_t s = 0; s < block * block_inputs.size(); ++s) options_.done("resumed");
     result.phases.mark("start");
     double saved = limits_detail::seconds_now();
     for (; block < h_.layers; ++block) {
@@ -127,11 +121,12 @@ class PtqPipeline {
   nlohmann::json identity() const {
     nlohmann::json plans = nlohmann::json::object();
     for (const auto& entry : plans_)
-      plans[entry.first] =
-          entry.second.scheme ? name_of(*entry.second.scheme) + ":" + std::string(name_of(entry.second.method.rounding))
-                              : "same";
+      plans[entry.first] = entry.second.scheme ? name_of(*entry.second.scheme) + ":" +
+                                                     std::string(name_of(entry.second.method.rounding))
+                                               : "same";
     std::uint64_t text = options_.windows.size();
-    for (const std::vector<Token>& w : options_.windows) text = text * 31 + fingerprint(w.data(), w.size() * sizeof(Token));
+    for (const std::vector<Token>& w : options_.windows)
+      text = text * 31 + fingerprint(w.data(), w.size() * sizeof(Token));
     return {{"run", options_.identity},
             {"matrices", plans},
             {"rounding", options_.rounding.to_json()},
@@ -145,8 +140,8 @@ class PtqPipeline {
   }
 
   void embed() {
-    const nibble::QuantizedTensor embedding = in_.quantized("token_embd.weight");
     const MatrixPlan& plan = plan_of("token_embd.weight");
+    const nibble::QuantizedTensor embedding = in_.quantized("token_embd.weight");
     const nibble::QuantizedTensor written = plan.scheme ? plain(embedding, *plan.scheme) : embedding;
     const auto look_up = [&](const nibble::QuantizedTensor& table, HiddenStates& x) {
       x.assign(options_.windows.size(), Eigen::MatrixXf(index(h_.dim), index(tokens_)));
@@ -171,77 +166,75 @@ class PtqPipeline {
   void quantize_block(std::size_t block, const ResumeFolder& folder, PhaseTimer& phases) {
     const FloatBlock w = load_block(in_, block, options_.pool);
     FloatBlock q = w;
-    std::array<nibble::QuantizedTensor, BlockMatrix::count> tensors;
+    std::array<nibble::QuantizedTensor, block_matrices.size()> tensors{};
     nlohmann::json reports = nlohmann::json::array();
     phases.mark("load");
     HiddenStates inputs, float_inputs;  // of the stages whose inputs are costly
-    for (std::size_t stage = 0; stage < block_stages; ++stage) {
+    for (const BlockInput stage : block_inputs) {
       std::unique_ptr<InputStatistics> statistics = look(stage, w, q, inputs, float_inputs);
       phases.mark("forward");
-      for (const std::size_t m : stage_matrices(stage)) {
-        const std::string name = block_tensor(block, m);
+      for (const BlockMatrix m : block_matrices) {
+        if (input_of(m) != stage) continue;
+        const std::string name = tensor_name(block, m);
+        nibble::QuantizedTensor& tensor = tensors[static_cast<std::size_t>(m)];
         const MatrixPlan& plan = plan_of(name);
         if (!plan.scheme) {
-          tensors[m] = in_.quantized(name);
-        } else {
-          TensorReport report;
-          report.name = name;
-          report.format = name_of(*plan.scheme);
-          tensors[m] = round_matrix(w.w[m], *plan.scheme, plan.method, statistics.get(), options_.rounding,
-                                    options_.pool, report);
-          reports.push_back(report.to_json());
-          if (tokens_ > 0) q.w[m] = float_matrix(tensors[m], options_.pool);
+          tensor = in_.quantized(name);
+          continue;
         }
+        TensorReport report;
+        report.name = name;
+        report.format = name_of(*plan.scheme);
+        tensor = round_matrix(w[m], *plan.scheme, plan.method, statistics.get(), options_.rounding, options_.pool,
+                              report);
+        reports.push_back(report.to_json());
+        if (tokens_ > 0) tensor.dequantize(q[m].data(), options_.pool);
       }
       phases.mark("round");
       leave(stage, w, q, inputs, float_inputs);
       phases.mark("forward");
-      options_.done(block_tensor(block, stage_matrices(stage).back()));
+      options_.done("block " + std::to_string(block));
     }
     nibble::PackedFileWriter out(folder.block_path(block));
     out.add_metadata("report", reports.dump());
     nibble::PackOptions pack;
     pack.pool = options_.pool;
     pack.channel_sums = false;
-    for (std::size_t m = 0; m < BlockMatrix::count; ++m) out.add(block_tensor(block, m), nibble::pack(tensors[m], pack));
-    const auto vector = [&](const char* name, const Eigen::VectorXf& v) {
-      out.add_tensor(block_tensor(block, name), std::vector<float>(v.data(), v.data() + v.size()));
+    for (const BlockMatrix m : block_matrices)
+      out.add(tensor_name(block, m), nibble::pack(tensors[static_cast<std::size_t>(m)], pack));
+    const auto vector = [&](const std::string& name, const Eigen::VectorXf& v) {
+      out.add_tensor(name, std::vector<float>(v.data(), v.data() + v.size()));
     };
-    vector("attn_norm", q.attention_norm);
-    vector("ffn_norm", q.ffn_norm);
+    vector(attention_norm_name(block), q.attention_norm);
+    vector(ffn_norm_name(block), q.ffn_norm);
     out.commit();
     phases.mark("files");
   }
 
-  /// Runs both streams up to the inputs of a stage, and sums up these.
-  std::unique_ptr<InputStatistics> look(std::size_t stage, const FloatBlock& w, const FloatBlock& q,
+  /// Inputs that cost more than a norm are kept until the stage ends.
+  static bool is_kept(BlockInput stage) { return stage == BlockInput::attention || stage == BlockInput::gated; }
+
+  /// Runs both streams up to the inputs of a stage, and sums these up.
+  std::unique_ptr<InputStatistics> look(BlockInput stage, const FloatBlock& w, const FloatBlock& q,
                                         HiddenStates& inputs, HiddenStates& float_inputs) {
     if (tokens_ == 0) return nullptr;
     const std::size_t windows = options_.windows.size();
-    const Eigen::Index k = w.w[stage_matrices(stage).front()].cols();
-    auto statistics = std::make_unique<InputStatistics>(k, two_streams(), options_.pool);
-    const bool kept = stage % 2 == 1;  // the others are a norm away
+    auto statistics = std::make_unique<InputStatistics>(two_streams(), options_.pool);
+    const bool kept = is_kept(stage);
     if (kept) {
       inputs.resize(windows);
       if (two_streams()) float_inputs.resize(windows);
     }
-    Eigen::MatrixXf x, xf;
+    Eigen::MatrixXf shared, float_shared;
     for (std::size_t i = 0; i < windows; ++i) {
-      const auto run = [&](const FloatBlock& b, const Eigen::MatrixXf& hidden, Eigen::MatrixXf& in) {
-        forward_->norm(hidden, stage < 2 ? b.attention_norm : b.ffn_norm, in);
-        if (!kept) return;
-        Eigen::MatrixXf normed;
-        normed.swap(in);
-        stage == 1 ? forward_->attend(b, normed, in) : forward_->gated(b, normed, in);
-      };
-      Eigen::MatrixXf& in = kept ? inputs[i] : x;
-      run(q, quantized_[i], in);
+      Eigen::MatrixXf& in = kept ? inputs[i] : shared;
+      forward_->input(q, stage, quantized_[i], in);
       if (!two_streams()) {
         statistics->add(in);
         continue;
       }
-      Eigen::MatrixXf& float_in = kept ? float_inputs[i] : xf;
-      run(w, float_[i], float_in);
+      Eigen::MatrixXf& float_in = kept ? float_inputs[i] : float_shared;
+      forward_->input(w, stage, float_[i], float_in);
       statistics->add(in, float_in);
       if (kept && options_.rounding.residual > 0.0F) statistics->add_residual(float_[i] - quantized_[i], in);
     }
@@ -249,13 +242,13 @@ class PtqPipeline {
   }
 
   /// Ends a stage: adds the products of output and down to the streams.
-  void leave(std::size_t stage, const FloatBlock& w, const FloatBlock& q, HiddenStates& inputs,
+  void leave(BlockInput stage, const FloatBlock& w, const FloatBlock& q, HiddenStates& inputs,
              HiddenStates& float_inputs) {
-    if (stage % 2 == 0 || tokens_ == 0) return;
-    const std::size_t m = stage_matrices(stage).front();
+    if (!is_kept(stage) || tokens_ == 0) return;
+    const BlockMatrix m = stage == BlockInput::gated ? BlockMatrix::down : BlockMatrix::output;
     for (std::size_t i = 0; i < inputs.size(); ++i) {
-      forward_->add_product(q.w[m], inputs[i], quantized_[i]);
-      if (two_streams()) forward_->add_product(w.w[m], float_inputs[i], float_[i]);
+      forward_->add_product(q[m], inputs[i], quantized_[i]);
+      if (two_streams()) forward_->add_product(w[m], float_inputs[i], float_[i]);
     }
     inputs.clear();
     float_inputs.clear();
@@ -316,7 +309,7 @@ class PtqPipeline {
   const PtqOptions& options_;
   const Hparams h_;
   std::size_t tokens_;
-  std::unique_ptr<BlockForward> forward_;
+  std::unique_ptr<BlockRunner> forward_;
   std::vector<std::pair<std::string, MatrixPlan>> plans_;
   HiddenStates quantized_;
   HiddenStates float_;

@@ -77,9 +77,9 @@ class ResumeFolder {
     const std::size_t matrix = static_cast<std::size_t>(rows * cols) * sizeof(float);
     const Header expected = header_of(0, streams.size(), windows, rows, cols);
     Header header;
-    nibble::detail::require<nibble::FormatError>(
-        map.size() == sizeof header + streams.size() * windows * matrix, "'", file.string(), "' has ", map.size(),
-        " bytes, expected ", sizeof header + streams.size() * windows * matrix);
+    nibble::detail::require<nibble::FormatError>(map.size() == sizeof header + streams.size() * windows * matrix,
+                                                 "'", file.string(), "' has ", map.size(), " bytes, expected ",
+                                                 sizeof header + streams.size() * windows * matrix);
     std::memcpy(&header, map.data(), sizeof header);
     const std::uint64_t block = header.block;
     header.block = 0;
@@ -101,8 +101,7 @@ class ResumeFolder {
   void save_state(std::size_t block, const std::vector<HiddenStates*>& streams) const {
     const Eigen::MatrixXf& first = streams.front()->front();
     nibble::AtomicFile out((path_ / "state.bin").string());
-    const Header header =
-        header_of(block, streams.size(), streams.front()->size(), first.rows(), first.cols());
+    const Header header = header_of(block, streams.size(), streams.front()->size(), first.rows(), first.cols());
     out.write(&header, sizeof header);
     for (const HiddenStates* stream : streams)
       for (const Eigen::MatrixXf& m : *stream)

@@ -7,8 +7,9 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "block_forward.hpp"
+#include "../block.hpp"
 #include "method.hpp"
+#include "nibble/ptq/weight_grids.hpp"
 #include "nibble/quantize/quantizer.hpp"
 #include "report.hpp"
 
@@ -19,20 +20,18 @@ struct RoundingOptions {
   float residual = 0.0F;    // the same for the error of the residual that a matrix' outputs are added to
   float damp = 0.01F;
 
-  nlohmann::json to_json() const {
-    return {{"correction", correction}, {"residual", residual}, {"damp", damp}};
-  }
+  nlohmann::json to_json() const { return {{"correction", correction}, {"residual", residual}, {"damp", damp}}; }
 };
 
 /// Sums over the calibration tokens of what feeds a matrix: x~ from the quantized model, x from the float one.
 class InputStatistics {
  public:
-  InputStatistics(Eigen::Index inputs, bool two_streams, nibble::ThreadPool* pool) {
-    options_.pool = pool;
-    hessian_ = Eigen::MatrixXf::Zero(inputs, inputs);
-    if (two_streams) cross_ = hessian_;
-  }
+  InputStatistics(bool two_streams, nibble::ThreadPool* pool) : two_streams_(two_streams) { options_.pool = pool; }
   void add(const Eigen::MatrixXf& xq) {
+    if (hessian_.size() == 0) {
+      hessian_ = Eigen::MatrixXf::Zero(xq.rows(), xq.rows());
+      if (two_streams_) cross_ = hessian_;
+    }
     options_.epilogue = nibble::Epilogue().add(hessian_);
     nibble::gemm(xq, xq.transpose(), hessian_, options_);
     tokens_ += static_cast<std::size_t>(xq.cols());
@@ -55,18 +54,19 @@ class InputStatistics {
   std::size_t tokens() const { return tokens_; }
 
   /// |e X~|^2 / |w X~|^2.
-  double output_error(const Eigen::MatrixXf& e, const Eigen::MatrixXf& w) {
+  double output_error(const WeightMatrix& e, const WeightMatrix& w) {
     return energy(e) / std::max(energy(w), 1e-30);
   }
 
  private:
-  double energy(const Eigen::MatrixXf& w) {
+  double energy(const WeightMatrix& w) {
     Eigen::MatrixXf product(w.rows(), w.cols());
     options_.epilogue = {};
     nibble::gemm(w, hessian_, product, options_);
     return product.cwiseProduct(w).cast<double>().sum();
   }
 
+  bool two_streams_;
   nibble::MatmulOptions options_;
   Eigen::MatrixXf hessian_;
   Eigen::MatrixXf cross_;
@@ -74,16 +74,28 @@ class InputStatistics {
   std::size_t tokens_ = 0;
 };
 
-inline nibble::QuantizedTensor round_matrix(const Eigen::MatrixXf& w, const nibble::Scheme& scheme,
+inline nibble::QuantizedTensor round_matrix(const WeightMatrix& w, const nibble::Scheme& scheme,
                                             const Method& method, InputStatistics* statistics,
                                             const RoundingOptions&, nibble::ThreadPool* pool,
                                             TensorReport& report) {
   nibble::QuantizeOptions options;
   options.pool = pool;
   report.method = std::string(name_of(method.rounding));
-  nibble::QuantizedTensor q = nibble::DynamicQuantizer(scheme).quantize(w, options);
-  const Eigen::MatrixXf error = float_matrix(q, pool) - w;
-  report.weight_error = static_cast<double>(error.squaredNorm()) / std::max(static_cast<double>(w.squaredNorm()), 1e-30);
+  nibble::QuantizedTensor q;
+  if (method.rounding == Rounding::rtn || !nibble::has_scales(scheme.format)) {
+    q = nibble::DynamicQuantizer(scheme).quantize(w, options);
+    report.method = "rtn";
+  } else {
+    nibble::MseOptions mse;
+    mse.pool = pool;
+    const nibble::WeightGrids grids = nibble::fit_mse(scheme, w, mse);
+    q = grids.assemble(grids.encode(w, pool));
+  }
+  WeightMatrix error(w.rows(), w.cols());
+  q.dequantize(error.data(), pool);
+  error -= w;
+  report.weight_error =
+      static_cast<double>(error.squaredNorm()) / std::max(static_cast<double>(w.squaredNorm()), 1e-30);
   if (statistics != nullptr) report.output_error = statistics->output_error(error, w);
   return q;
 }
