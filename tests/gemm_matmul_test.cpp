@@ -575,6 +575,29 @@ TEST(Gemm, DenseProductsInAnyOrder) {
       }
 }
 
+TEST(Gemm, AddsToItself) {
+  nibble::ThreadPool pool(3);
+  for (const Eigen::Index n : {1, 5, 200})
+    for (const Eigen::Index m : {1, 4, 6, 40}) {
+      const MatrixXf a = MatrixXf::Random(n, 70);
+      const MatrixXf b = MatrixXf::Random(70, m);
+      const MatrixXf before = MatrixXf::Random(n, m);
+      MatrixXf product(n, m);
+      nibble::gemm(a, b, product);
+      for (const bool rows : {false, true}) {
+        MatrixXf c = before;
+        nibble::MatmulOptions options;
+        options.pool = &pool;
+        options.epilogue.add(c);
+        if (rows)
+          nibble::gemm(MatrixXf(a.transpose()).transpose(), b, c, options);
+        else
+          nibble::gemm(a, b, c, options);
+        EXPECT_EQ(c, MatrixXf(product + before)) << n << " x " << m;
+      }
+    }
+}
+
 TEST(Matmul, EmptyShapes) {
   const Scheme scheme = scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(32));
   for (Activations kind : {Activations::int8, Activations::fp32}) {
