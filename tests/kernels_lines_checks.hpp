@@ -97,7 +97,10 @@ inline std::vector<FitCase> fit_cases() {
           {Format::int4, Symmetry::symmetric, 8, 1, 15},        {Format::int4, Symmetry::symmetric, 8, 0, 15},
           {Format::int8, Symmetry::asymmetric, 0, -128, 127},   {Format::int4, Symmetry::asymmetric, 0, 0, 15},
           {Format::int8, Symmetry::float_offset, 0, -128, 127}, {Format::int4, Symmetry::float_offset, 0, 0, 15},
-          {Format::nf4, Symmetry::symmetric, 0, 0, 15}};
+          {Format::int2, Symmetry::symmetric, 2, 1, 3},         {Format::int2, Symmetry::symmetric, 2, 0, 3},
+          {Format::int3, Symmetry::asymmetric, 0, 0, 7},        {Format::int2, Symmetry::float_offset, 0, 0, 3},
+          {Format::int6, Symmetry::symmetric, 32, 1, 63},       {Format::int5, Symmetry::asymmetric, 0, 0, 31},
+          {Format::nf4, Symmetry::symmetric, 0, 0, 15},         {Format::fp4, Symmetry::symmetric, 0, 0, 15}};
 }
 
 inline void check_fit_ranges(const KernelTable& t, std::size_t rounds) {
@@ -154,8 +157,8 @@ inline void check_fit_ranges(const KernelTable& t, std::size_t rounds) {
 
 inline void check_group_codes(const KernelTable& t) {
   Random random(33);
-  for (const Format format : {Format::int8, Format::int4, Format::nf4})
-    for (int kind = 0; kind < (format == Format::nf4 ? 1 : 3); ++kind)
+  for (const Format format : {Format::int8, Format::int4, Format::nf4, Format::fp4})
+    for (int kind = 0; kind < (is_codebook(format) ? 1 : 3); ++kind)
       for (const std::size_t group : {1U, 16U, 32U, 80U, 1024U})
         for (std::size_t n = 0; n <= 200; n += n < 40 ? 1 : 7) {
           Guarded<float> x(n);
@@ -175,8 +178,9 @@ inline void check_group_codes(const KernelTable& t) {
             x[i] = random.hostile();
             // Around what rounding turns on: halves of a step, midpoints of levels, and the floats beside them.
             if (random.below(2) == 0) {
-              const float at = format == Format::nf4 ? static_cast<float>(nf4_midpoints[random.below(15)])
-                                                     : static_cast<float>(random.below(600)) * 0.5F - 150.0F;
+              const float at = format == Format::nf4   ? static_cast<float>(nf4_midpoints[random.below(15)])
+                               : format == Format::fp4 ? fp4_last_of[random.below(15)]
+                                                       : static_cast<float>(random.below(600)) * 0.5F - 150.0F;
               x[i] = bits_float(float_bits(at * scale) + static_cast<std::uint32_t>(random.below(3)) - 1);
               if (!(std::fabs(x[i]) < 3.4e38F)) x[i] = 0.0F;
             }
@@ -215,7 +219,7 @@ inline void check_group_codes(const KernelTable& t) {
           d.offsets = a.offsets;
           d.zeros = a.zeros;
           d.zero = a.zero;
-          d.codebook = nf4_levels;
+          d.codebook = codebook_of(format);
           d.x = want_values.data();
           scalar::table.dequantize_groups(d);
           d.x = values.data();

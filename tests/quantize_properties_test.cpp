@@ -348,7 +348,7 @@ TEST(Errors, LargestFloatsAreFineOrRefusedButNeverInfinite) {
       }
     }
     // The plain fp32-scaled symmetric grids take even the largest.
-    for (Format f : {Format::int8, Format::int4, Format::nf4})
+    for (Format f : {Format::int8, Format::int4, Format::nf4, Format::int2, Format::int5, Format::fp4})
       EXPECT_NO_THROW(quantize(v, {f, Symmetry::symmetric, {}, ScaleType::fp32, false}));
   }
 }
@@ -364,6 +364,7 @@ TEST(Errors, SchemesThatMakeNoSense) {
   for (std::size_t size : {0U, 1U, 8U, 17U, 24U})
     EXPECT_TRUE(contains(message(scheme(Granularity::per_group(size))), "group size is " + std::to_string(size)));
   EXPECT_TRUE(contains(message({Format::nf4, Symmetry::asymmetric, {}, ScaleType::fp32, false}), "nf4"));
+  EXPECT_TRUE(contains(message({Format::fp4, Symmetry::float_offset, {}, ScaleType::fp32, false}), "fp4"));
   EXPECT_TRUE(contains(message({static_cast<Format>(77), Symmetry::symmetric, {}, ScaleType::fp32, false}), "77"));
 }
 

@@ -94,15 +94,17 @@ struct Reference {
 };
 
 inline nibble::Grid reference_grid(const Scheme& s, float lo, float hi) {
-  const double first = s.format == Format::int8 ? -128 : 0;
-  const double steps = s.format == Format::int8 ? 255 : 15;
+  const double half = std::ldexp(0.5, static_cast<int>(nibble::bits_of(s.format)));  // 128, 8 .. 2
+  const double first = s.format == Format::int8 ? -half : 0;
+  const double steps = 2 * half - 1;
   const double smallest = s.scale_type == ScaleType::fp16 ? std::ldexp(1.0, -24) : std::ldexp(1.0, -126);
   nibble::Grid g;
   const auto store = [&](double v) { return std::max(to_storage(s.scale_type, narrow(v)), narrow(smallest)); };
   if (s.symmetry == Symmetry::symmetric) {
-    if (s.format == Format::int4) g.zero = 8;
+    const bool integer = s.format != Format::nf4 && s.format != Format::fp4;
+    if (integer && s.format != Format::int8) g.zero = static_cast<int>(half);
     const double absmax = std::max(std::fabs(wide(lo)), std::fabs(wide(hi)));
-    const double top = s.format == Format::nf4 ? 1.0 : s.format == Format::int8 ? 127.0 : 7.0;
+    const double top = integer ? half - 1 : 1.0;
     double scale = absmax / top;
     if (s.full_range) scale = std::max(-wide(lo) / (top + 1), wide(hi) / top);
     if (absmax > 0) g.scale = store(scale);
@@ -140,18 +142,22 @@ inline Reference reference(const Values& v, const Scheme& s, const std::vector<n
     r.param.push_back(p);
     const double shifted = wide(narrow(wide(v.x[i]) - wide(g.offset)));
     const double ratio = wide(narrow(shifted / wide(g.scale)));
-    if (s.format == Format::nf4) {
+    if (s.format == Format::nf4 || s.format == Format::fp4) {
+      const float* levels = s.format == Format::nf4 ? nibble::nf4_levels : nibble::fp4_levels;
       int nearest = 0;
       for (int c = 1; c < 16; ++c)
-        if (std::fabs(ratio - wide(nibble::nf4_levels[c])) < std::fabs(ratio - wide(nibble::nf4_levels[nearest])))
-          nearest = c;
+        if (std::fabs(ratio - wide(levels[c])) < std::fabs(ratio - wide(levels[nearest]))) nearest = c;
+      // The zero of the sign: what is at or above 0 takes the upper one of fp4's two.
+      if (s.format == Format::fp4 && nearest == 7 && ratio >= 0) nearest = 8;
       r.codes.push_back(nearest);
-      r.values.push_back(narrow(wide(g.scale) * wide(nibble::nf4_levels[nearest])));
+      r.values.push_back(narrow(wide(g.scale) * wide(levels[nearest])));
       continue;
     }
     const bool whole = s.symmetry != Symmetry::symmetric || s.full_range;
-    const double first = s.format == Format::int8 ? (whole ? -128 : -127) : (whole ? 0 : 1);
-    const double last = s.format == Format::int8 ? 127 : 15;
+    const double codes = std::ldexp(1.0, static_cast<int>(nibble::bits_of(s.format)));
+    const double lowest = s.format == Format::int8 ? -codes / 2 : 0;
+    const double first = whole ? lowest : lowest + 1;
+    const double last = lowest + codes - 1;
     const double q = std::clamp(nearest_even(ratio) + g.zero, first, last);
     r.codes.push_back(static_cast<int>(q));
     if (s.symmetry == Symmetry::float_offset)
@@ -217,12 +223,12 @@ inline std::string describe(const Scheme& s, const Shape& shape) {
 inline std::vector<Scheme> all_schemes(const Granularity& g) {
   std::vector<Scheme> schemes;
   for (ScaleType t : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16}) {
-    for (Format f : {Format::int8, Format::int4}) {
+    for (Format f : {Format::int8, Format::int6, Format::int5, Format::int4, Format::int3, Format::int2}) {
       for (Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
         schemes.push_back({f, s, g, t, false});
       schemes.push_back({f, Symmetry::symmetric, g, t, true});
     }
-    schemes.push_back({Format::nf4, Symmetry::symmetric, g, t, false});
+    for (Format f : {Format::nf4, Format::fp4}) schemes.push_back({f, Symmetry::symmetric, g, t, false});
   }
   return schemes;
 }

@@ -97,9 +97,9 @@ TEST(QuantizedTensor, FloatOffsetInHalf) {
 
 TEST(QuantizedTensor, BorrowedPartsAtOddAddresses) {
   const Values v = random_values({5, 71}, 1);
-  for (Format f : {Format::fp32, Format::fp16, Format::bf16, Format::int8, Format::int4, Format::nf4}) {
+  for (Format f : nibble::all_formats) {
     for (Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset}) {
-      if (f == Format::nf4 && s != Symmetry::symmetric) continue;
+      if (nibble::is_codebook(f) && s != Symmetry::symmetric) continue;
       for (ScaleType type : {ScaleType::fp32, ScaleType::fp16}) {
         const QuantizedTensor q = quantize(v, scheme(f, s, Granularity::per_group(16), type));
         const auto shift = [](const Buffer& b) {
@@ -118,10 +118,12 @@ TEST(QuantizedTensor, BorrowedPartsAtOddAddresses) {
 
 TEST(QuantizedTensor, PartsOfALine) {
   const Values v = random_values({3, 1300}, 1);
-  for (Format f : {Format::fp16, Format::int8, Format::int4, Format::nf4}) {
+  for (Format f : {Format::fp16, Format::int8, Format::int4, Format::nf4, Format::int2, Format::int3, Format::int5,
+                   Format::int6}) {
     const QuantizedTensor q = quantize(v, scheme(f, Symmetry::symmetric, Granularity::per_group(48)));
     const std::vector<float> all = values_of(q);
-    for (std::size_t begin : {0U, 2U, 46U, 700U}) {
+    for (std::size_t begin : {0U, 2U, 46U, 64U, 200U, 700U}) {
+      if (nibble::is_bit_stream(f) && begin % 8 != 0) continue;
       for (std::size_t end : {700U, 701U, 1299U, 1300U}) {
         std::vector<float> part(end - begin);
         q.dequantize_line(2, begin, end, part.data());

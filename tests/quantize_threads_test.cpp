@@ -26,9 +26,9 @@ std::vector<Scheme> schemes() {
                              {Format::bf16, Symmetry::symmetric, {}, ScaleType::fp32, false}};
   for (const Granularity& g : {Granularity::per_tensor(), Granularity::per_channel(0), Granularity::per_channel(1),
                                Granularity::per_group(32), Granularity::per_group(64, 0)})
-    for (const Format f : {Format::int8, Format::int4, Format::nf4})
+    for (const Format f : {Format::int8, Format::int4, Format::nf4, Format::fp4})
       for (const Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
-        if (f != Format::nf4 || s == Symmetry::symmetric) all.push_back({f, s, g, ScaleType::fp16, false});
+        if (!nibble::is_codebook(f) || s == Symmetry::symmetric) all.push_back({f, s, g, ScaleType::fp16, false});
   return all;
 }
 
@@ -90,7 +90,7 @@ TEST(FitRanges, AgreesWithTheFitter) {
           c.symmetry,
           {},
           type,
-          c.symmetry == Symmetry::symmetric && c.format != Format::nf4 && c.qmin != 1 && c.qmin != -127};
+          c.symmetry == Symmetry::symmetric && is_integer(c.format) && c.qmin != 1 && c.qmin != -127};
       const detail::CodeRange codes = detail::code_range(scheme);
       ASSERT_EQ(codes.min, c.qmin);
       ASSERT_EQ(codes.max, c.qmax);

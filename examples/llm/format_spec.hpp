@@ -21,11 +21,12 @@ struct FormatSpec {
 };
 
 inline const char* format_spec_help() {
-  return "fp32, fp16, bf16, int8, int4 or nf4, with any of -gN (groups of N inputs, a multiple of 16), -row (a "
+  return "fp32, fp16, bf16, int8, int6, int5, int4, int3, int2, nf4 or fp4, with any of -gN (groups of N inputs, "
+         "a multiple of 16), -row (a "
          "scale a "
          "row), -sym, -asym (integer zero point), -offset (float offset, as GGUF's Q4_1), -s32, -s16, -sbf16 "
          "(type of "
-         "the scales). int8 means int8-row-sym, int4 means int4-g64-asym, nf4 means nf4-g64";
+         "the scales). int8 means int8-row-sym, int6 and below mean -g64-asym, nf4 and fp4 -g64";
 }
 
 /// Reads "int4-g128-sym". Throws InvalidArgument for what is no format.
@@ -69,8 +70,8 @@ inline FormatSpec parse_format(std::string_view text) {
   if (spec.group && *spec.group % 16 != 0) bad("the group is no multiple of 16");
   if (!nibble::has_scales(spec.format) && (spec.group || spec.symmetry || spec.scales))
     bad("floats have no groups");
-  if (spec.format == nibble::Format::nf4 && spec.symmetry && *spec.symmetry != nibble::Symmetry::symmetric)
-    bad("nf4 is symmetric");
+  if (nibble::is_codebook(spec.format) && spec.symmetry && *spec.symmetry != nibble::Symmetry::symmetric)
+    bad(nibble::detail::concat(nibble::name_of(spec.format), " is symmetric"));
   return spec;
 }
 
@@ -83,8 +84,8 @@ inline nibble::Scheme scheme_of(const FormatSpec& spec, bool for_gguf = false) {
   const bool int8 = spec.format == nibble::Format::int8;
   const std::size_t group = spec.group.value_or(int8 ? 0 : 64);
   scheme.granularity = group == 0 ? nibble::Granularity::per_channel(0) : nibble::Granularity::per_group(group, 1);
-  scheme.symmetry = spec.symmetry.value_or(spec.format == nibble::Format::int4 ? nibble::Symmetry::asymmetric
-                                                                               : nibble::Symmetry::symmetric);
+  scheme.symmetry = spec.symmetry.value_or(nibble::is_integer(spec.format) && !int8 ? nibble::Symmetry::asymmetric
+                                                                                    : nibble::Symmetry::symmetric);
   scheme.scale_type =
       spec.scales.value_or(group == 0 && !for_gguf ? nibble::ScaleType::fp32 : nibble::ScaleType::fp16);
   return scheme;
@@ -99,7 +100,7 @@ inline std::string name_of(const nibble::Scheme& scheme) {
     case nibble::Granularity::Kind::per_channel: name += "-row"; break;
     case nibble::Granularity::Kind::per_group: name += "-g" + std::to_string(scheme.granularity.group_size); break;
   }
-  if (scheme.format != nibble::Format::nf4)
+  if (nibble::is_integer(scheme.format))
     name += scheme.symmetry == nibble::Symmetry::symmetric    ? "-sym"
             : scheme.symmetry == nibble::Symmetry::asymmetric ? "-asym"
                                                               : "-offset";

@@ -110,9 +110,13 @@ inline nibble::GgufType gguf_type_of(const nibble::Scheme& s, const TensorInfo& 
     case Format::fp32: return nibble::GgufType::f32;
     case Format::fp16: return nibble::GgufType::f16;
     case Format::bf16: return nibble::GgufType::bf16;
-    case Format::nf4: refuse("GGUF has no NF4", "int4-g32-offset (Q4_1)"); break;
     case Format::int8:
     case Format::int4: break;
+    case Format::nf4: refuse("GGUF has no NF4", "int4-g32-offset (Q4_1)"); break;
+    case Format::fp4: refuse("GGUF has no FP4", "int4-g32-offset (Q4_1)"); break;
+    default:
+      refuse("GGUF has no type of " + std::to_string(nibble::bits_of(s.format)) + " bits that Nibble writes",
+             nibble::bits_of(s.format) > 4 ? "int8-g32-sym (Q8_0)" : "int4-g32-offset (Q4_1)");
   }
   const bool int8 = s.format == Format::int8;
   const std::size_t cols = tensor.shape.back();

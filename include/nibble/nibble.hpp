@@ -11,7 +11,12 @@
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/format.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/formats/fp4.hpp"
+#include "nibble/formats/int2.hpp"
+#include "nibble/formats/int3.hpp"
 #include "nibble/formats/int4.hpp"
+#include "nibble/formats/int5.hpp"
+#include "nibble/formats/int6.hpp"
 #include "nibble/formats/int8.hpp"
 #include "nibble/formats/nf4.hpp"
 

@@ -34,8 +34,7 @@ inline LaneElement lane_element(Format format) noexcept {
     case Format::fp16: return LaneElement::halves;
     case Format::bf16: return LaneElement::words;  // two k
     case Format::int8: return LaneElement::int8_codes;
-    case Format::int4:
-    case Format::nf4: break;
+    default: break;
   }
   return LaneElement::int4_codes;
 }

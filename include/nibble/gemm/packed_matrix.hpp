@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "nibble/core/buffer.hpp"
-#include "nibble/formats/nf4.hpp"
+#include "nibble/formats/codebook.hpp"
 #include "nibble/kernels/dispatch.hpp"
 #include "nibble/core/fp_env.hpp"
 #include "nibble/core/thread_pool.hpp"
@@ -61,6 +61,7 @@ inline PackedShape shape_of(const PackedHeader& h) {
                        "packed per-channel scales are of axis 0 (outputs), not of axis ", granularity.axis);
   require<Unsupported>(granularity.kind != Kind::per_group || granularity.axis == 1,
                        "packed groups run along axis 1 (inputs), not along axis ", granularity.axis);
+  require<Unsupported>(!is_bit_stream(s.format), "matrices of ", name_of(s.format), " cannot be packed yet");
   PackedShape shape;
   shape.k_padded = checked_add(h.cols, k_unit - 1, "packed columns") / k_unit * k_unit;
   shape.panels = ceil_div(h.rows, panel_width);
@@ -106,7 +107,7 @@ inline PanelView panel_view(const PackedHeader& header, const PackedShape& shape
   w.panel_bytes = panel_bytes_of(w.format, shape.k_padded);
   w.scales = scales;
   w.zeros = zeros;
-  w.codebook = nf4_levels;
+  w.codebook = codebook_of(w.format);
   return w;
 }
 
@@ -164,7 +165,7 @@ inline void dequantize_lane(const PanelView& w, std::size_t row, float* out) noe
     args.scales = scales;
     if (w.symmetry == Symmetry::float_offset) args.offsets = offsets;
     if (w.symmetry == Symmetry::asymmetric) args.zeros = zeros;
-    if (w.symmetry == Symmetry::symmetric && w.format == Format::int4) args.zero = Int4::symmetric_zero;
+    if (w.symmetry == Symmetry::symmetric) args.zero = symmetric_zero_of(w.format);
     args.codebook = w.codebook;
     args.x = out + k;
     kernels().dequantize_groups(args);
@@ -295,11 +296,13 @@ class PackedMatrix {
     if (shape_.params == 0) return;
     check_finite(scales_, "scale");
     if (symmetry() == Symmetry::float_offset) check_finite(zeros_, "offset");
-    if (symmetry() == Symmetry::asymmetric && format() == Format::int4 &&
-        !detail::all_nibbles(zeros_.data(), shape_.params))
+    const int highest = detail::code_range(scheme()).max;
+    if (symmetry() == Symmetry::asymmetric && format() != Format::int8 &&
+        !detail::zeros_fit(bits_of(format()), zeros_.data(), shape_.params))
       for (std::size_t i = 0; i < shape_.params; ++i) {
         const int zero = zeros_.as<std::int8_t>()[i];
-        detail::require(zero >= 0 && zero <= 15, "packed zero point ", i, " is ", zero, ", expected 0 to 15");
+        detail::require(zero >= 0 && zero <= highest, "packed zero point ", i, " is ", zero, ", expected 0 to ",
+                        highest);
       }
   }
 

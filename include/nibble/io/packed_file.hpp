@@ -4,7 +4,7 @@
 //
 //   format = "nibble-packed", version = "1", layout = "panel16"
 //   matrix:<name> = a flat JSON object, for every packed matrix:
-//     layout, rows, cols; format (fp32, fp16, bf16, int8, int4, nf4); symmetry (symmetric, asymmetric,
+//     layout, rows, cols; format (name_of); symmetry (symmetric, asymmetric,
 //     float_offset); granularity (per_tensor, per_channel, per_group), axis, group_size, full_range: the scheme it
 //     was quantized by; scale_type (fp32, fp16, bf16)
 //   and whatever else the writer adds: hyperparameters, a tokenizer's settings.
@@ -12,7 +12,7 @@
 // A matrix of P = ceil(rows / 16) panels, whose layout kernels/args.hpp draws, is stored as tensors
 //
 //   <name>.codes         U8 [P, bytes of a panel]
-//   <name>.scales        F16 or F32 [P, groups, 16], integer formats and nf4 only (bf16 scales are packed as F32)
+//   <name>.scales        F16 or F32 [P, groups, 16], formats with scales only (bf16 scales are packed as F32)
 //   <name>.zeros         I8 (asymmetric), or as scales (float_offset) [P, groups, 16]
 //   <name>.channel_sums  F32 [P, 16], optional
 //
@@ -99,8 +99,7 @@ class PackedHeaderReader {
     header.rows = number("rows");
     header.cols = number("cols");
     Scheme& s = header.scheme;
-    s.format =
-        named("format", {Format::fp32, Format::fp16, Format::bf16, Format::int8, Format::int4, Format::nf4});
+    s.format = named("format", all_formats);
     s.symmetry = named("symmetry", {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset});
     s.scale_type = named("scale_type", {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16});
     using Kind = Granularity::Kind;
@@ -137,6 +136,10 @@ class PackedHeaderReader {
   }
   template <class E>
   E named(const char* key, std::initializer_list<E> values) {
+    return named<std::initializer_list<E>, E>(key, values);
+  }
+  template <class List, class E = typename List::value_type>
+  E named(const char* key, const List& values) {
     using detail::name_of;
     using nibble::name_of;
     const std::string& wanted = text(key);

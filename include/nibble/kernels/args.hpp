@@ -360,7 +360,7 @@ struct GroupRangesArgs {
 /// other results for g say nothing, and GridFitter has to be asked. For each g, every operation rounded to float
 /// (stored(v): to scale_type and back; steps = qmax - qmin; smallest: 2^-24 for fp16, else FLT_MIN):
 ///
-///   integer and nf4, symmetric: s = max(-lo / (zero - qmin), hi / (qmax - zero)); nf4: max(-lo, hi)
+///   symmetric: s = max(-lo / (zero - qmin), hi / (qmax - zero)); nf4, fp4: max(-lo, hi)
 ///   asymmetric: lo = min(lo, 0), hi = max(hi, 0); s = hi / steps - lo / steps
 ///   float_offset: s = (hi - lo) / steps
 ///   scale = max(stored(s), smallest); 1 where lo = hi = 0
@@ -376,7 +376,7 @@ struct FitRangesArgs {
   Format format = Format::int8;
   Symmetry symmetry = Symmetry::symmetric;
   ScaleType scale_type = ScaleType::fp32;
-  std::int32_t zero = 0;  // symmetric: 8 for int4
+  std::int32_t zero = 0;  // symmetric: symmetric_zero_of(format)
   std::int32_t qmin = 0;
   std::int32_t qmax = 0;
   float* scales = nullptr;            // values of scale_type
@@ -396,7 +396,7 @@ struct WidenRangesArgs {
 /// Codes of a line, as a quantized tensor stores them (a byte a code, or two codes a byte, the even one in the low
 /// half; a last half without a code is 0). Elements g * group .. g * group + group - 1 share parameter g:
 ///   int8, int4: clamp(rne((x - offsets[g]) / scales[g]) + zeros[g], qmin, qmax), each operation rounded to float
-///   nf4: the level nearest to x / scales[g], the lower one of two
+///   nf4, fp4: the level nearest to x / scales[g], the lower one of two
 struct QuantizeGroupsArgs {
   Format format = Format::int8;
   const float* x = nullptr;
@@ -411,7 +411,8 @@ struct QuantizeGroupsArgs {
   std::uint8_t* q = nullptr;
 };
 
-/// Values of a line of such codes: scale * float(q - zero); with offsets fma(scale, float(q), offset); nf4: scale * level[q].
+/// Values of a line of such codes: scale * float(q - zero); with offsets fma(scale, float(q), offset);
+/// nf4, fp4: scale * level[q].
 struct DequantizeGroupsArgs {
   Format format = Format::int8;
   const std::uint8_t* q = nullptr;

@@ -8,8 +8,8 @@
 #include <cstring>
 
 #include "nibble/core/fp_env.hpp"
-#include "nibble/formats/int4.hpp"
-#include "nibble/formats/nf4.hpp"
+#include "nibble/formats/bit_stream.hpp"
+#include "nibble/formats/codebook.hpp"
 #include "nibble/kernels/dispatch.hpp"
 #include "nibble/quantize/scheme.hpp"
 
@@ -17,7 +17,7 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 
 /// One set of parameters. Integers: real = scale * (q - zero), with a float offset fma(scale, q, offset);
-/// nf4: scale * level[q].
+/// nf4 and fp4: scale * level[q].
 struct Grid {
   float scale = 1.0F;
   float offset = 0.0F;
@@ -42,14 +42,14 @@ struct ParamStorage {
       g.zero = static_cast<const std::int8_t*>(zeros)[p];
     else if (symmetry == Symmetry::float_offset)
       g.offset = scalar::storage_to_float(zeros, scale_type, p);
-    else if (format == Format::int4)
-      g.zero = Int4::symmetric_zero;
+    else
+      g.zero = symmetric_zero_of(format);
     return g;
   }
 };
 
 inline float decode(const ParamStorage& params, const Grid& g, int code) noexcept {
-  if (params.format == Format::nf4) return rounded(g.scale * float_from_nf4(static_cast<std::uint8_t>(code)));
+  if (is_codebook(params.format)) return rounded(g.scale * codebook_of(params.format)[code & 0xF]);
   if (params.symmetry == Symmetry::float_offset) return std::fma(g.scale, static_cast<float>(code), g.offset);
   return rounded(g.scale * static_cast<float>(code - g.zero));
 }
@@ -82,8 +82,8 @@ inline bool all_finite(const void* values, ScaleType type, std::size_t n) noexce
   return (found & carries) == 0;
 }
 
-/// True where all n zero points of int4 codes are 0 to 15.
-inline bool all_nibbles(const void* zeros, std::size_t n) noexcept {
+/// True where all n zero points of unsigned codes of `bits` bits, fewer than 8, are codes.
+inline bool zeros_fit(unsigned bits, const void* zeros, std::size_t n) noexcept {
   const auto* at = static_cast<const std::uint8_t*>(zeros);
   std::uint64_t found = 0;
   std::size_t i = 0;
@@ -93,7 +93,7 @@ inline bool all_nibbles(const void* zeros, std::size_t n) noexcept {
     found |= word;
   }
   for (; i < n; ++i) found |= at[i];
-  return (found & 0xF0F0F0F0F0F0F0F0U) == 0;
+  return (found & ~(0x0101010101010101U * ((1U << bits) - 1U))) == 0;
 }
 
 /// Elements from `i` on, up to n, that share element i's parameter.
@@ -160,13 +160,65 @@ void set_parameters(Args& args, const ParamStorage& params, const LineStretch& s
   if (params.symmetry == Symmetry::float_offset) args.offsets = stretch.offsets;
   if (params.symmetry == Symmetry::asymmetric)
     args.zeros = static_cast<const std::int8_t*>(params.zeros) + stretch.first_param;
-  else if (params.symmetry == Symmetry::symmetric && params.format == Format::int4)
-    args.zero = Int4::symmetric_zero;
+  else if (params.symmetry == Symmetry::symmetric)
+    args.zero = symmetric_zero_of(params.format);
 }
 
-/// Bytes that lie before element i of a line of int8, int4 or nf4 codes; i is even for the last two.
+/// Bytes that lie before element i of a line of codes; i is even for 4 bits and a multiple of 8 for 2, 3, 5 and 6.
 inline std::size_t code_offset(Format format, std::size_t i) noexcept {
-  return format == Format::int8 ? i : i / 2;
+  switch (bits_of(format)) {
+    case 8: return i;
+    case 4: return i / 2;
+    default: return i / 8 * bits_of(format);
+  }
+}
+
+/// Calls f(args of a part, its first element) for parts of a line of groups that room for `most` codes holds: whole
+/// groups, or multiples of 16 of one that is longer. What the parts share is f's business.
+template <class Args, class F>
+void for_parts(const Args& all, std::size_t most, F&& f) noexcept {
+  for (std::size_t i = 0; i < all.n;) {
+    Args part = all;
+    const std::size_t g = i / all.group;
+    if (all.group <= most) {
+      part.n = std::min(all.n - i, most / all.group * all.group);
+    } else {
+      part.n = std::min({all.n - i, most, (g + 1) * all.group - i});
+      part.group = most;
+    }
+    part.scales += g;
+    if (part.offsets != nullptr) part.offsets += g;
+    if (part.zeros != nullptr) part.zeros += g;
+    part.x += i;
+    f(part, i);
+    i += part.n;
+  }
+}
+
+/// KernelTable::quantize_groups for every format: codes of 2, 3, 5 and 6 bits are made as bytes and then packed.
+inline void quantize_groups(const QuantizeGroupsArgs& args) noexcept {
+  if (!is_bit_stream(args.format)) return kernels().quantize_groups(args);
+  constexpr std::size_t most = 1024;
+  alignas(64) std::uint8_t codes[most];
+  for_parts(args, most, [&](QuantizeGroupsArgs& part, std::size_t begin) {
+    part.format = Format::int8;
+    part.q = codes;
+    kernels().quantize_groups(part);
+    pack_bits(bits_of(args.format), codes, part.n, args.q + code_offset(args.format, begin));
+  });
+}
+
+/// KernelTable::dequantize_groups for every format.
+inline void dequantize_groups(const DequantizeGroupsArgs& args) noexcept {
+  if (!is_bit_stream(args.format)) return kernels().dequantize_groups(args);
+  constexpr std::size_t most = 1024;
+  alignas(64) std::uint8_t codes[most];
+  for_parts(args, most, [&](DequantizeGroupsArgs& part, std::size_t begin) {
+    unpack_bits(bits_of(args.format), args.q + code_offset(args.format, begin), part.n, codes);
+    part.format = Format::int8;
+    part.q = codes;
+    kernels().dequantize_groups(part);
+  });
 }
 
 /// Codes of a line's n elements, as they are stored.
@@ -182,11 +234,12 @@ inline void encode_line(const ParamStorage& params, const LineParams& line, std:
     args.qmin = params.codes.min;
     args.qmax = params.codes.max;
     args.q = codes + code_offset(params.format, i);
-    kernels().quantize_groups(args);
+    quantize_groups(args);
   }
 }
 
-/// Values of elements [begin, end) of a line, from the line's codes, to out[0 .. end - begin). begin is even for 4 bits.
+/// Values of elements [begin, end) of a line, from the line's codes, to out[0 .. end - begin). begin is as in
+/// code_offset().
 inline void decode_line(const ParamStorage& params, const LineParams& line, std::size_t begin, std::size_t end,
                         const std::uint8_t* codes, float* out) noexcept {
   LineStretch stretch;
@@ -196,9 +249,9 @@ inline void decode_line(const ParamStorage& params, const LineParams& line, std:
     DequantizeGroupsArgs args;
     set_parameters(args, params, stretch);
     args.q = codes + code_offset(params.format, i);
-    args.codebook = nf4_levels;
+    args.codebook = codebook_of(params.format);
     args.x = out + (i - begin);
-    kernels().dequantize_groups(args);
+    dequantize_groups(args);
   }
 }
 

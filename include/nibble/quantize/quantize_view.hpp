@@ -82,7 +82,7 @@ class ViewQuantizer {
     });
   }
 
-  /// int8, int4 and nf4: line l's codes as they are stored. Groups are fitted here.
+  /// Formats with scales: line l's codes as they are stored. Groups are fitted here.
   void encode(std::size_t thread, std::size_t l, const float* line, std::uint8_t* codes) {
     const LineParams where = layout_.params.line(l);
     if (!fit_on_the_fly_ || where.step == 0)
@@ -233,12 +233,11 @@ class ViewQuantizer {
       args.scales = fits.scales.data();
       if (params_.symmetry == Symmetry::float_offset) args.offsets = fits.offsets.data();
       if (params_.symmetry == Symmetry::asymmetric) args.zeros = fits.zeros.data();
-      if (params_.symmetry == Symmetry::symmetric && params_.format == Format::int4)
-        args.zero = Int4::symmetric_zero;
+      if (params_.symmetry == Symmetry::symmetric) args.zero = symmetric_zero_of(params_.format);
       args.qmin = params_.codes.min;
       args.qmax = params_.codes.max;
       args.q = codes + code_offset(params_.format, begin);
-      kernels().quantize_groups(args);
+      quantize_groups(args);
     }
   }
 
@@ -252,7 +251,7 @@ class ViewQuantizer {
     args.format = layout_.scheme.format;
     args.symmetry = layout_.scheme.symmetry;
     args.scale_type = layout_.scheme.scale_type;
-    args.zero = args.format == Format::int4 && args.symmetry == Symmetry::symmetric ? Int4::symmetric_zero : 0;
+    args.zero = args.symmetry == Symmetry::symmetric ? symmetric_zero_of(args.format) : 0;
     args.qmin = params_.codes.min;
     args.qmax = params_.codes.max;
     args.scales = fits.scales.data();
@@ -329,9 +328,7 @@ inline QuantizedTensor quantize_view(const InputView& x, const Scheme& scheme, c
             return;
           case Format::fp16:
           case Format::bf16: quantizer.encode16(l, line, reinterpret_cast<std::uint16_t*>(to)); return;
-          case Format::int8:
-          case Format::int4:
-          case Format::nf4: quantizer.encode(thread, l, line, to); return;
+          default: quantizer.encode(thread, l, line, to); return;
         }
       },
       [](std::size_t, const LineBlock&) {});
@@ -373,9 +370,7 @@ inline void fake_quantize_view(const InputView& x, const Scheme& scheme, const R
             (format == Format::fp16 ? kernels().float_from_fp16 : kernels().float_from_bf16)(
                 room.codes.data(), layout.line_length, to);
             return;
-          case Format::int8:
-          case Format::int4:
-          case Format::nf4:
+          default:
             quantizer.encode(thread, l, line, bytes);
             quantizer.decode(l, bytes, to);
             return;

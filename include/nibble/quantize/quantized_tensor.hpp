@@ -39,7 +39,8 @@ struct CodeLayout {
     for (std::size_t d = 0; d + 1 < shape.size(); ++d) line_count = checked_mul(line_count, shape[d], "shape");
     if (!shape.empty()) line_length = shape.back();
     const unsigned bits = bits_of(scheme.format);
-    line_bytes = bits == 4 ? ceil_div(line_length, 2) : checked_mul(line_length, bits / 8, "shape");
+    line_bytes = bits < 8 ? ceil_div(checked_mul(line_length, bits, "shape"), 8)
+                          : checked_mul(line_length, bits / 8, "shape");
     checked_mul(line_count, line_bytes, "shape");
     params = ParamLayout(scheme.granularity, shape);
     checked_mul(params.count(), 4, "number of scales");
@@ -71,10 +72,14 @@ struct CodeLayout {
 /// | fp32       | 4 bytes an element                                                          |
 /// | fp16, bf16 | 2 bytes an element                                                          |
 /// | int8       | 1 byte, -128..127                                                           |
-/// | int4, nf4  | 4 bits, 0..15; even index in the low half; each line starts at a new byte   |
+/// | int4, nf4, | 4 bits, 0..15; even index in the low half; each line starts at a new byte   |
+/// | fp4        |                                                                             |
+/// | int2, int3,| a little-endian stream: element i has bits [i * b, i * b + b) of the line,  |
+/// | int5, int6 | b bits a code; bit 0 is the lowest of the first byte; each line starts at a |
+/// |            | new byte                                                                    |
 ///
 /// Parameters are stored in C order of param_shape(): the scale in scheme().scale_type; beside it an int8_t zero
-/// point where asymmetric (0..15 for int4), or a float offset in scale_type where float_offset.
+/// point where asymmetric (a code), or a float offset in scale_type where float_offset.
 class QuantizedTensor {
  public:
   /// An fp32 tensor of shape (0).
@@ -84,7 +89,7 @@ class QuantizedTensor {
   /// Sizes in bytes must be exactly line_count * line_bytes, param_count * bytes_of(scale_type), and for zeros
   /// 0, param_count, or as scales. fp32, fp16 and bf16 have no parameters.
   /// Throws InvalidArgument: invalid scheme, a shape whose size overflows, a wrong buffer size, a scale or offset that
-  /// is not finite (negative scales are fine), an int4 zero point beyond 0..15.
+  /// is not finite (negative scales are fine), a zero point that is no code.
   static QuantizedTensor from_parts(const Scheme& scheme, Shape shape, Buffer codes, Buffer scales = {},
                                     Buffer zeros = {}) {
     QuantizedTensor t;
@@ -130,12 +135,12 @@ class QuantizedTensor {
   /// Parameter p < param_count() in fp32.
   Grid grid(std::size_t p) const noexcept { return params().grid(p); }
   float scale(std::size_t p) const noexcept { return grid(p).scale; }
-  /// Integer zero point: 8 for symmetric int4, otherwise 0 unless asymmetric.
+  /// Integer zero point; symmetric: symmetric_zero_of(format()), 8 for int4.
   std::int32_t zero_point(std::size_t p) const noexcept { return grid(p).zero; }
   /// Float offset; 0 unless float_offset.
   float offset(std::size_t p) const noexcept { return grid(p).offset; }
 
-  /// Code of element i of line l as stored: int8 -128..127, int4 and nf4 0..15. For fp32, fp16 and bf16 its bits.
+  /// Code of element i of line l as stored: int8 -128..127, the others from 0 up. For fp32, fp16 and bf16 its bits.
   std::int64_t code(std::size_t l, std::size_t i) const noexcept {
     const std::uint8_t* line = line_data(l);
     switch (format()) {
@@ -143,16 +148,15 @@ class QuantizedTensor {
       case Format::fp16:
       case Format::bf16: return detail::scalar::load<std::uint16_t>(line, i);
       case Format::int8: return static_cast<std::int8_t>(line[i]);
-      case Format::int4:
-      case Format::nf4: return detail::nibble_at(line, i);
+      default: return detail::bits_at(bits_of(format()), line, i);
     }
-    return 0;
   }
 
   /// First byte of line l's codes.
   const std::uint8_t* line_data(std::size_t l) const noexcept { return codes_.data() + l * layout_.line_bytes; }
 
-  /// Values of elements [begin, end) of line l, to out[0 .. end - begin). begin is even for the 4-bit formats.
+  /// Values of elements [begin, end) of line l, to out[0 .. end - begin). begin is even for the 4-bit formats
+  /// and a multiple of 8 for those of 2, 3, 5 and 6 bits.
   void dequantize_line(std::size_t l, std::size_t begin, std::size_t end, float* out) const {
     if (begin == end) return;
     const detail::FpEnvironment environment;
@@ -172,9 +176,7 @@ class QuantizedTensor {
         }
         return;
       }
-      case Format::int8:
-      case Format::int4:
-      case Format::nf4: detail::decode_line(params(), where, begin, end, line, out); return;
+      default: detail::decode_line(params(), where, begin, end, line, out); return;
     }
   }
 
@@ -232,17 +234,18 @@ class QuantizedTensor {
     check_size("zeros", zeros_.size(), layout_.zero_bytes());
     const ScaleType type = scheme().scale_type;
     const bool offsets = scheme().symmetry == Symmetry::float_offset;
-    const bool zero_points = scheme().symmetry == Symmetry::asymmetric && format() == Format::int4;
+    const bool zero_points = scheme().symmetry == Symmetry::asymmetric && format() != Format::int8;
+    const int highest = detail::code_range(scheme()).max;
     if (detail::all_finite(scales_.data(), type, param_count()) &&
         (!offsets || detail::all_finite(zeros_.data(), type, param_count())) &&
-        (!zero_points || detail::all_nibbles(zeros_.data(), param_count())))
+        (!zero_points || detail::zeros_fit(bits_of(format()), zeros_.data(), param_count())))
       return;
     for (std::size_t p = 0; p < param_count(); ++p) {
       const Grid g = grid(p);
       detail::require(detail::scalar::is_finite(g.scale), "scale ", p, " is not finite");
       detail::require(detail::scalar::is_finite(g.offset), "offset ", p, " is not finite");
-      detail::require(format() != Format::int4 || (g.zero >= 0 && g.zero <= 15), "zero point ", p, " is ", g.zero,
-                      ", expected 0..15");
+      detail::require(!zero_points || (g.zero >= 0 && g.zero <= highest), "zero point ", p, " is ", g.zero,
+                      ", expected 0..", highest);
     }
   }
 

@@ -9,9 +9,13 @@
 
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/formats/codebook.hpp"
+#include "nibble/formats/int2.hpp"
+#include "nibble/formats/int3.hpp"
 #include "nibble/formats/int4.hpp"
+#include "nibble/formats/int5.hpp"
+#include "nibble/formats/int6.hpp"
 #include "nibble/formats/int8.hpp"
-#include "nibble/formats/nf4.hpp"
 #include "nibble/quantize/quantize_view.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/range.hpp"
@@ -21,7 +25,8 @@
 namespace nibble {
 inline namespace NIBBLE_ABI {
 
-/// Zero is code 0 (int4: 8). Int8 -127..127, scale = absmax / 127; Int4 -7..7, scale = absmax / 7.
+/// Zero is code 0 (fewer than 8 bits: half of the number of codes). Int8 -127..127, scale = absmax / 127; Int4 -7..7,
+/// scale = absmax / 7; Int2 -1, 0, 1, scale = absmax.
 struct Symmetric {
   static constexpr Symmetry symmetry = Symmetry::symmetric;
   static constexpr bool full_range = false;
@@ -32,7 +37,8 @@ struct SymmetricFull {
   static constexpr Symmetry symmetry = Symmetry::symmetric;
   static constexpr bool full_range = true;
 };
-/// Integer zero point; the range always holds 0. Int8 -128..127, Int4 0..15; scale = (max - min) / 255 or / 15.
+/// Integer zero point; the range always holds 0. Int8 -128..127, Int4 0..15; scale = (max - min) / 255 or / 15, b bits
+/// / (2^b - 1).
 struct Asymmetric {
   static constexpr Symmetry symmetry = Symmetry::asymmetric;
   static constexpr bool full_range = false;
@@ -102,7 +108,7 @@ class Quantized {
 /// Quantizes under a scheme that is a run-time value; Quantizer is the same with a static one.
 ///
 /// x is any Eigen matrix expression of float, double, half or bfloat16 (rank 2: a column vector is n x 1), or any
-/// Eigen tensor where <nibble/quantize/tensor.hpp> is included. Integer and NF4 codes are computed in float, to which
+/// Eigen tensor where <nibble/quantize/tensor.hpp> is included. Codes of the formats with scales are computed in float, to which
 /// doubles are rounded first (nearest even); Fp16 and Bf16 round doubles once. Codes do not depend on x's storage
 /// order, on the CPU, or on the caller's MXCSR.
 ///
@@ -146,7 +152,7 @@ class DynamicQuantizer {
   Ranges ranges_;
 };
 
-/// Quantizes to format F (Fp16, Bf16, Int8, Int4, Nf4). S: Symmetric, SymmetricFull, Asymmetric, FloatOffset; G:
+/// Quantizes to format F (Fp16, Bf16, Int8, Int6, Int5, Int4, Int3, Int2, Nf4, Fp4). S: Symmetric, SymmetricFull, Asymmetric, FloatOffset; G:
 /// PerTensor, PerChannel<axis>, PerGroup<size, axis>; Scale: float, Eigen::half, Eigen::bfloat16. Fp16 and Bf16 have
 /// no scales and ignore what follows F. Input, results and errors are DynamicQuantizer's.
 ///
@@ -157,7 +163,7 @@ template <class F, class S = Symmetric, class G = PerTensor, class Scale = float
 class Quantizer {
  public:
   static_assert(S::symmetry == Symmetry::symmetric || !has_scales(F::format) || is_integer(F::format),
-                "NF4 is symmetric only");
+                "NF4 and FP4 are symmetric only");
 
   static constexpr Scheme scheme() noexcept {
     return {F::format, S::symmetry, G::granularity, detail::scale_type_of<Scale>(), S::full_range};

@@ -136,12 +136,12 @@ class GridFitter {
 
   Grid symmetric(const Range& r) const noexcept {
     Grid g;
-    if (scheme_.format == Format::int4) g.zero = Int4::symmetric_zero;
-    if (scheme_.format == Format::nf4) {
+    g.zero = symmetric_zero_of(scheme_.format);
+    if (is_codebook(scheme_.format)) {
       const float absmax = std::max(-r.lo, r.hi);
       if (absmax > 0.0F) g.scale = stored_scale(absmax);
       // Only among fp16's subnormals is a stored scale so coarse.
-      constexpr double reach = 1.0 + static_cast<double>(nf4_widest_half_gap);
+      const double reach = 1.0 + static_cast<double>(widest_half_gap_of(scheme_.format));
       if (narrow() && static_cast<double>(absmax) > reach * static_cast<double>(g.scale)) g.scale = next(g.scale);
       return g;
     }

@@ -40,9 +40,10 @@ struct Scheme {
   Symmetry symmetry = Symmetry::symmetric;
   Granularity granularity;
   ScaleType scale_type = ScaleType::fp32;
-  /// Symmetric integers only. false: the grid ends at +-127 or +-7, scale = absmax / 127 or / 7. true: it uses the
-  /// lowest code as well, -128..127 or -8..7, scale = max(-min / 128, max / 127) or max(-min / 8, max / 7): finer where
-  /// the largest magnitude is negative. Only quantizing differs; codes and equations are the same.
+  /// Symmetric integers only. With h = 2^(bits - 1), i.e. 128 for int8 and 8 for int4, false: the grid ends at
+  /// +-(h - 1), scale = absmax / (h - 1); int2 then has -1, 0 and 1. true: it uses the lowest code as well, -h..h - 1,
+  /// scale = max(-min / h, max / (h - 1)): finer where the largest magnitude is negative. Only quantizing differs; codes
+  /// and equations are the same.
   bool full_range = false;
 
   friend constexpr bool operator==(const Scheme& a, const Scheme& b) noexcept {
@@ -66,17 +67,18 @@ constexpr std::string_view name_of(Granularity::Kind kind) noexcept {
                                                   : "per_group";
 }
 
-/// Lowest and highest code as stored (symmetric int4: 8 is zero).
+/// Lowest and highest code as stored, symmetric_zero_of() being zero where the format is symmetric.
 struct CodeRange {
   int min = 0;
   int max = 0;
 };
 
 constexpr CodeRange code_range(const Scheme& s) noexcept {
-  const bool symmetric = s.symmetry == Symmetry::symmetric && !s.full_range;
-  if (s.format == Format::int8) return {symmetric ? -127 : -128, 127};
-  if (s.format == Format::int4) return {symmetric ? 1 : 0, 15};
-  return {0, s.format == Format::nf4 ? 15 : 0};
+  if (!has_scales(s.format)) return {};
+  const int codes = 1 << bits_of(s.format);
+  const int lowest = s.format == Format::int8 ? -codes / 2 : 0;
+  const bool without_lowest = is_integer(s.format) && s.symmetry == Symmetry::symmetric && !s.full_range;
+  return {lowest + (without_lowest ? 1 : 0), lowest + codes - 1};
 }
 
 inline std::string shape_text(const Shape& shape) {
@@ -95,7 +97,7 @@ inline std::size_t element_count(const Shape& shape) {
 /// matter set to its default, so that equal schemes compare equal.
 inline Scheme resolve(const Scheme& scheme, const Shape& shape) {
   using Kind = Granularity::Kind;
-  require(scheme.format <= Format::nf4, "scheme: unknown format ", static_cast<int>(scheme.format));
+  require(scheme.format <= all_formats.back(), "scheme: unknown format ", static_cast<int>(scheme.format));
   require(scheme.symmetry <= Symmetry::float_offset, "scheme: unknown symmetry ",
           static_cast<int>(scheme.symmetry));
   require(scheme.scale_type <= ScaleType::bf16, "scheme: unknown scale type ",

@@ -9,6 +9,7 @@
 #include "nibble/core/abi.hpp"
 #include "nibble/formats/format.hpp"
 #include "nibble/formats/int4.hpp"
+#include "nibble/formats/fp4.hpp"
 #include "nibble/formats/nf4.hpp"
 #include "nibble/kernels/args.hpp"
 #include "nibble/kernels/scalar/exp.hpp"

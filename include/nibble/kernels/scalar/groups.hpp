@@ -6,8 +6,8 @@
 #include "nibble/core/fp_env.hpp"
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/formats/codebook.hpp"
 #include "nibble/formats/int4.hpp"
-#include "nibble/formats/nf4.hpp"
 #include "nibble/kernels/args.hpp"
 #include "nibble/kernels/scalar/lines.hpp"
 
@@ -58,7 +58,7 @@ inline void fit_ranges(const FitRangesArgs& a) noexcept {
     float s = 0.0F;
     switch (a.symmetry) {
       case Symmetry::symmetric:
-        if (a.format == Format::nf4) {
+        if (is_codebook(a.format)) {
           s = -lo > hi ? -lo : hi;
         } else {
           const float below = rounded(-lo / (zero - qmin));
@@ -77,9 +77,9 @@ inline void fit_ranges(const FitRangesArgs& a) noexcept {
     scale = scale > smallest ? scale : smallest;
     if (lo == 0.0F && hi == 0.0F) scale = 1.0F;
     if (a.symmetry == Symmetry::symmetric && narrow) {
-      // Products of 11 or 8 by 8 bits: exact. nf4's reach is a little more than 1.1.
-      const float reach_above = a.format == Format::nf4 ? 1.1F : qmax - zero + 0.5F;
-      const float reach_below = a.format == Format::nf4 ? 1.1F : zero - qmin + 0.5F;
+      // Products of 11 or 8 by 8 bits: exact. A codebook's reach is a little more than 1.1.
+      const float reach_above = is_codebook(a.format) ? 1.1F : qmax - zero + 0.5F;
+      const float reach_below = is_codebook(a.format) ? 1.1F : zero - qmin + 0.5F;
       irregular = hi > rounded(reach_above * scale) || -lo > rounded(reach_below * scale);
     }
     if (a.symmetry == Symmetry::asymmetric) {
@@ -111,8 +111,8 @@ inline void quantize_groups(const QuantizeGroupsArgs& a) noexcept {
   for (std::size_t i = 0; i < a.n; ++i) {
     const std::size_t g = i / a.group;
     std::uint8_t code;
-    if (a.format == Format::nf4) {
-      code = nf4_from_float(rounded(a.x[i] / a.scales[g]));
+    if (is_codebook(a.format)) {
+      code = codebook_code(a.format, rounded(a.x[i] / a.scales[g]));
     } else {
       const float x = a.offsets == nullptr ? a.x[i] : rounded(a.x[i] - a.offsets[g]);
       const std::int32_t zero = a.zeros == nullptr ? a.zero : a.zeros[g];
@@ -131,7 +131,7 @@ inline void dequantize_groups(const DequantizeGroupsArgs& a) noexcept {
   for (std::size_t i = 0; i < a.n; ++i) {
     const std::size_t g = i / a.group;
     const std::int32_t q = a.format == Format::int8 ? static_cast<std::int8_t>(a.q[i]) : nibble_at(a.q, i);
-    if (a.format == Format::nf4)
+    if (is_codebook(a.format))
       a.x[i] = rounded(a.scales[g] * a.codebook[q]);
     else if (a.offsets != nullptr)
       a.x[i] = std::fma(a.scales[g], static_cast<float>(q), a.offsets[g]);

@@ -28,7 +28,7 @@ T load(const void* base, std::size_t index) noexcept {
   return value;
 }
 
-/// Integer code of int8 (-128..127), int4 and nf4 (0..15).
+/// Code as a quantized tensor stores it.
 inline std::int32_t code_at(const PanelView& w, std::size_t panel, std::size_t lane, std::size_t k) noexcept {
   const std::uint8_t* codes = w.codes + panel * w.panel_bytes;
   if (w.format == Format::int8)
@@ -52,7 +52,7 @@ inline float offset_at(const PanelView& w, std::size_t param) noexcept {
 }
 inline std::int32_t integer_zero(const PanelView& w, std::size_t param) noexcept {
   if (w.symmetry == Symmetry::asymmetric) return static_cast<const std::int8_t*>(w.zeros)[param];
-  return w.symmetry == Symmetry::symmetric && w.format == Format::int4 ? 8 : 0;
+  return w.symmetry == Symmetry::symmetric ? symmetric_zero_of(w.format) : 0;
 }
 
 /// The real value of one element: what dequantize gives.
@@ -68,7 +68,7 @@ inline float value_at(const PanelView& w, std::size_t panel, std::size_t lane, s
   const std::size_t param = (panel * w.groups + k / w.group_size) * panel_width + lane;
   const std::int32_t q = code_at(w, panel, lane, k);
   const float scale = scale_at(w, param);
-  if (w.format == Format::nf4) return rounded(scale * w.codebook[q]);
+  if (is_codebook(w.format)) return rounded(scale * w.codebook[q]);
   if (w.symmetry == Symmetry::float_offset) return std::fma(scale, static_cast<float>(q), offset_at(w, param));
   return rounded(scale * static_cast<float>(q - integer_zero(w, param)));
 }

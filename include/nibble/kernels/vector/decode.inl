@@ -30,14 +30,14 @@ inline Decode decode_of(const PanelView& w) noexcept {
       return w.symmetry == Symmetry::symmetric    ? (cheap_lookup ? Decode::levels : Decode::int4_plain)
              : w.symmetry == Symmetry::asymmetric ? Decode::int4
                                                   : Decode::int4_offset;
-    case Format::nf4: break;
+    default: break;
   }
   return Decode::levels;
 }
 
 // The table that a panel's codes index. Kinds without one are given one all the same: nothing reads it.
 inline const float* table_of(const PanelView& w) noexcept {
-  if (w.format == Format::nf4) return w.codebook;
+  if (is_codebook(w.format)) return w.codebook;
   return w.symmetry == Symmetry::symmetric ? int4_levels : nibble_values;
 }
 

@@ -98,7 +98,7 @@ NIBBLE_ALWAYS_INLINE void fit_lanes(const FitRangesArgs& a, std::size_t g, std::
   const auto zero_point = static_cast<float>(a.zero);
   const auto qmin = static_cast<float>(a.qmin);
   const auto qmax = static_cast<float>(a.qmax);
-  const bool nf4 = a.format == Format::nf4;
+  const bool codebook = is_codebook(a.format);
   constexpr bool narrow = type != ScaleType::fp32;
   const Vi all = set1_int(-1);
   Vf lo = load_n(a.lows + g, n);
@@ -106,7 +106,7 @@ NIBBLE_ALWAYS_INLINE void fit_lanes(const FitRangesArgs& a, std::size_t g, std::
   Vf s;
   if constexpr (symmetry == Symmetry::symmetric) {
     s = max(negative(lo), hi);
-    if (!nf4) s = max(div(negative(lo), set1(zero_point - qmin)), div(hi, set1(qmax - zero_point)));
+    if (!codebook) s = max(div(negative(lo), set1(zero_point - qmin)), div(hi, set1(qmax - zero_point)));
   } else if constexpr (symmetry == Symmetry::asymmetric) {
     lo = min(lo, zero());
     hi = max(hi, zero());
@@ -119,8 +119,8 @@ NIBBLE_ALWAYS_INLINE void fit_lanes(const FitRangesArgs& a, std::size_t g, std::
   scale = select(some, scale, set1(1.0F));
   Vi irregular = set1_int(0);
   if constexpr (symmetry == Symmetry::symmetric && narrow) {
-    const Vf reach_above = set1(nf4 ? 1.1F : qmax - zero_point + 0.5F);
-    const Vf reach_below = set1(nf4 ? 1.1F : zero_point - qmin + 0.5F);
+    const Vf reach_above = set1(codebook ? 1.1F : qmax - zero_point + 0.5F);
+    const Vf reach_below = set1(codebook ? 1.1F : zero_point - qmin + 0.5F);
     irregular = or_int(above(hi, mul(reach_above, scale)), above(negative(lo), mul(reach_below, scale)));
   }
   if constexpr (symmetry == Symmetry::asymmetric) {
@@ -172,6 +172,14 @@ inline void fit_ranges(const FitRangesArgs& a) noexcept {
   }
 }
 
+// How many of the 15 last values of a code are below.
+NIBBLE_ALWAYS_INLINE Vi fp4_code(Vf x) noexcept {
+  Vi code = set1_int(0);
+  NIBBLE_UNROLL
+  for (int i = 0; i < 15; ++i) code = sub_int(code, above(x, set1(fp4_last_of[i])));
+  return code;
+}
+
 template <Format format, bool has_offset>
 struct GroupEncoder {
   Vf scale;
@@ -201,6 +209,7 @@ struct GroupEncoder {
   }
   NIBBLE_ALWAYS_INLINE Vi codes(Vf x) const noexcept {
     if constexpr (format == Format::nf4) return nearest_level(levels, div(x, scale));
+    if constexpr (format == Format::fp4) return fp4_code(div(x, scale));
     if constexpr (has_offset) x = sub(x, offset);
     return to_int(min(max(add(round(div(x, scale)), zero), low), high));
   }
@@ -252,6 +261,7 @@ inline void quantize_as(const QuantizeGroupsArgs& args) noexcept {
 inline void quantize_groups(const QuantizeGroupsArgs& a) noexcept {
   const bool offset = a.offsets != nullptr;
   if (a.format == Format::nf4) return quantize_as<Format::nf4, false>(a);
+  if (a.format == Format::fp4) return quantize_as<Format::fp4, false>(a);
   if (a.format == Format::int8)
     return offset ? quantize_as<Format::int8, true>(a) : quantize_as<Format::int8, false>(a);
   return offset ? quantize_as<Format::int4, true>(a) : quantize_as<Format::int4, false>(a);
@@ -327,7 +337,7 @@ inline void dequantize_as(const DequantizeGroupsArgs& args) noexcept {
 
 inline void dequantize_groups(const DequantizeGroupsArgs& a) noexcept {
   const bool offset = a.offsets != nullptr;
-  if (a.format == Format::nf4) return dequantize_as<Format::nf4, false>(a);
+  if (is_codebook(a.format)) return dequantize_as<Format::nf4, false>(a);
   if (a.format == Format::int8)
     return offset ? dequantize_as<Format::int8, true>(a) : dequantize_as<Format::int8, false>(a);
   return offset ? dequantize_as<Format::int4, true>(a) : dequantize_as<Format::int4, false>(a);
