@@ -99,15 +99,19 @@ TEST(FormatSpec, NamesAndDefaults) {
   EXPECT_EQ(llm::name_of(scheme("int4-sym-g32-s32")), "int4-g32-sym-s32");
   EXPECT_EQ(llm::name_of(scheme("int4-row-offset-sbf16")), "int4-row-offset-sbf16");
   EXPECT_EQ(llm::name_of(scheme("nf4")), "nf4-g64-s16");
+  EXPECT_EQ(llm::name_of(scheme("fp4-g128")), "fp4-g128-s16");
+  EXPECT_EQ(llm::name_of(scheme("int3")), "int3-g64-asym-s16");
+  EXPECT_EQ(llm::name_of(scheme("int2-g32-offset")), "int2-g32-offset-s16");
+  EXPECT_EQ(llm::name_of(scheme("int6-row-sym")), "int6-row-sym-s32");
   for (const char* name : {"int8-row-sym-s32", "int4-g64-asym-s16", "int4-g32-offset-s32", "nf4-g64-s16", "bf16"})
     EXPECT_EQ(llm::name_of(scheme(name)), name);
 }
 
 TEST(FormatSpec, RefusesNonsense) {
-  for (const char* bad : {"", "int3", "int4-", "int4-g", "int4-g17", "int4-g8", "int4-x", "fp16-g32", "fp32-sym",
+  for (const char* bad : {"", "int7", "fp4-asym", "int4-", "int4-g", "int4-g17", "int4-g8", "int4-x", "fp16-g32", "fp32-sym",
                           "nf4-asym", "int4-g99999999", "int4-g-32", "INT4"})
     EXPECT_THROW(llm::parse_format(bad), nibble::InvalidArgument) << bad;
-  for (const char* bad : {"", "int4", "=int4", "[=int4", "a=int3"})
+  for (const char* bad : {"", "int4", "=int4", "[=int4", "a=int7"})
     EXPECT_THROW(llm::parse_keep(bad), nibble::InvalidArgument) << bad;
 }
 
