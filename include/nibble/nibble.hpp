@@ -54,6 +54,7 @@
 #include "nibble/ptq/fold.hpp"
 #include "nibble/ptq/hadamard.hpp"
 #include "nibble/ptq/hessian.hpp"
+#include "nibble/ptq/hqq.hpp"
 #include "nibble/ptq/observers.hpp"
 #include "nibble/ptq/recipe.hpp"
 #include "nibble/ptq/weight_grids.hpp"
