@@ -50,6 +50,7 @@
 #include "nibble/nn/rope.hpp"
 #include "nibble/nn/softmax.hpp"
 
+#include "nibble/ptq/autoround.hpp"
 #include "nibble/ptq/cholesky.hpp"
 #include "nibble/ptq/fold.hpp"
 #include "nibble/ptq/hadamard.hpp"
