@@ -98,6 +98,12 @@ TEST(Hadamard, SeedsAndThreads) {
   Eigen::MatrixXf turned = w;
   r.rotate_inputs(turned, &pool);
   EXPECT_EQ(turned, Eigen::MatrixXf(alone.transpose()));
+  RowMajorMatrix rows = w;
+  r.rotate_inputs(rows);
+  EXPECT_EQ(rows, RowMajorMatrix(turned));
+  rows = x;
+  r.rotate_outputs(rows);
+  EXPECT_EQ(rows, RowMajorMatrix(alone));
   // A block of a larger matrix.
   Eigen::MatrixXf large = Eigen::MatrixXf::Constant(580, 101, 3.0F);
   large.middleRows(2, 576) = x;
@@ -163,7 +169,7 @@ TEST(Hadamard, ResidualStreamOfANorm) {
     return Eigen::MatrixXf(in + writer * (reader * normed).cwiseMax(0.0F));
   };
   const Eigen::MatrixXf expected = run(x);
-  fold_norm(g, {&reader});
+  fold_norm(g, reader);
   EXPECT_TRUE((g.array() == 1.0F).all());
   const HadamardRotation r(n, 0, 11);
   r.rotate_inputs(reader);
@@ -210,7 +216,10 @@ TEST(Fold, ValuesIntoOutput) {
   };
   const Eigen::MatrixXf expected = run();
   const Eigen::VectorXf s = normal(8, 1, 5).cwiseAbs().array() + 0.1F;
+  RowMajorMatrix rows = v;
+  unscale_outputs(rows, s);
   unscale_outputs(v, s);
+  EXPECT_EQ(rows, RowMajorMatrix(v));
   scale_inputs(o, expand_to_queries(s, layout));
   // Three products of 6 to 16 terms and two factors, each within some roundings of 2^-24.
   EXPECT_LE((run() - expected).norm(), 64.0F * 0x1p-24F * expected.norm());
@@ -250,8 +259,7 @@ TEST(Fold, RefusesBadInput) {
     EXPECT_THROW(unscale_hessian(Eigen::MatrixXf::Identity(4, 4), s), InvalidArgument);
   }
   Eigen::VectorXf norm = Eigen::VectorXf::Ones(4);
-  EXPECT_THROW(fold_norm(norm, {&w}), InvalidArgument);
-  EXPECT_THROW(fold_norm(norm, {nullptr}), InvalidArgument);
+  EXPECT_THROW(fold_norm(norm, w), InvalidArgument);
   EXPECT_THROW(unscale_outputs(w, Eigen::VectorXf::Ones(5)), InvalidArgument);
   EXPECT_THROW(unscale_norm(norm, Eigen::VectorXf::Ones(5)), InvalidArgument);
 }

@@ -10,12 +10,13 @@
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
 #include "nibble/gemm/view.hpp"
+#include "nibble/ptq/weight_grids.hpp"
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
 
 /// The weights of linears that share one input, N_i x K each; none may be null.
-using WeightList = std::vector<const Eigen::MatrixXf*>;
+using WeightList = std::vector<const RowMajorMatrix*>;
 
 namespace detail {
 
@@ -105,21 +106,24 @@ inline Eigen::VectorXf expand_to_queries(const Eigen::Ref<const Eigen::VectorXf>
   return out;
 }
 
-/// w := w diag(s): what a linear becomes whose input is divided by s (K). s need not be positive.
-inline void scale_inputs(MatrixRef w, const Eigen::Ref<const Eigen::VectorXf>& s) {
+/// w := w diag(s): what a linear becomes whose input is divided by s (K). s need not be positive. w, here and below, is
+/// any float matrix that can be written to, of either storage order.
+template <class W>
+void scale_inputs(W&& w, const Eigen::Ref<const Eigen::VectorXf>& s) {
   const detail::FpEnvironment environment;
   detail::require(s.size() == w.cols(), "s has ", s.size(), " elements, w has ", w.cols(), " columns");
   detail::require_finite(s, "s");
-  for (Eigen::Index k = 0; k < w.cols(); ++k) w.col(k) *= s[k];
+  w.array().rowwise() *= s.transpose().array();
 }
 
 /// w := diag(1 / s) w: the linear that writes x / s (N) instead of x; where it has a bias, that is a matrix of one column.
 /// Between the two may stand what commutes with positive factors: nothing, ReLU, a gate's product, attention's mean.
-inline void unscale_outputs(MatrixRef w, const Eigen::Ref<const Eigen::VectorXf>& s) {
+template <class W>
+void unscale_outputs(W&& w, const Eigen::Ref<const Eigen::VectorXf>& s) {
   const detail::FpEnvironment environment;
   detail::require(s.size() == w.rows(), "s has ", s.size(), " elements, w has ", w.rows(), " rows");
   detail::require_positive(s, "s");
-  for (Eigen::Index k = 0; k < w.cols(); ++k) w.col(k).array() /= s.array();
+  w.array().colwise() /= s.array();
 }
 
 /// norm := norm / s: the weights of an RMS norm that gives x / s instead of x.
@@ -132,13 +136,12 @@ inline void unscale_norm(Eigen::Ref<Eigen::VectorXf> norm, const Eigen::Ref<cons
 
 /// Folds an RMS norm's weight g into the linears that read it, w := w diag(g) and g := 1, so that the norm commutes with
 /// rotations (QuaRot, section 3.1; SliceGPT, equation 2).
-inline void fold_norm(Eigen::Ref<Eigen::VectorXf> norm, const std::vector<Eigen::MatrixXf*>& readers) {
-  for (std::size_t i = 0; i < readers.size(); ++i) {
-    detail::require(readers[i] != nullptr, "readers[", i, "] is null");
-    detail::require(readers[i]->cols() == norm.size(), "readers[", i, "] has ", readers[i]->cols(),
-                    " columns, norm has ", norm.size(), " elements");
-  }
-  for (Eigen::MatrixXf* w : readers) scale_inputs(*w, norm);
+template <class... W>
+void fold_norm(Eigen::Ref<Eigen::VectorXf> norm, W&&... readers) {
+  ((detail::require(readers.cols() == norm.size(), "a reader of the norm has ", readers.cols(),
+                    " columns, norm has ", norm.size(), " elements")),
+   ...);
+  (scale_inputs(readers, norm), ...);
   norm.setOnes();
 }
 

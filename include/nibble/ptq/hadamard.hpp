@@ -3,6 +3,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,6 @@
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
 #include "nibble/core/thread_pool.hpp"
-#include "nibble/gemm/view.hpp"
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
@@ -148,24 +148,30 @@ class HadamardRotation {
   Eigen::Index size() const noexcept { return n_; }
   Eigen::Index block() const noexcept { return block_; }
 
-  /// x := R^T x for every column; size() x m. Throws InvalidArgument for another number of rows and for values that
-  /// are not finite; so do the others.
-  void rotate(MatrixRef x, ThreadPool* pool = nullptr) const {
+  /// x := R^T x for every column; size() x m floats in memory: a Matrix, Map, Ref or Block of any order. Throws
+  /// InvalidArgument for another number of rows and for values that are not finite; so do the others.
+  template <class X>
+  void rotate(X&& x, ThreadPool* pool = nullptr) const {
     check("x", x.rows(), "rows");
-    apply(x.data(), 1, x.outerStride(), x.cols(), true, pool);
+    apply(x.data(), x.rowStride(), x.colStride(), x.cols(), true, pool);
   }
   /// x := R x for every column: undoes rotate().
-  void unrotate(MatrixRef x, ThreadPool* pool = nullptr) const {
+  template <class X>
+  void unrotate(X&& x, ThreadPool* pool = nullptr) const {
     check("x", x.rows(), "rows");
-    apply(x.data(), 1, x.outerStride(), x.cols(), false, pool);
+    apply(x.data(), x.rowStride(), x.colStride(), x.cols(), false, pool);
   }
   /// w := w R: what a linear becomes whose input is rotated; N x size().
-  void rotate_inputs(MatrixRef w, ThreadPool* pool = nullptr) const {
+  template <class W>
+  void rotate_inputs(W&& w, ThreadPool* pool = nullptr) const {
     check("w", w.cols(), "columns");
-    apply(w.data(), w.outerStride(), 1, w.rows(), true, pool);
+    apply(w.data(), w.colStride(), w.rowStride(), w.rows(), true, pool);
   }
   /// w := R^T w: what a linear becomes whose output is to be rotated; size() x K. A bias is a matrix of one column.
-  void rotate_outputs(MatrixRef w, ThreadPool* pool = nullptr) const { rotate(w, pool); }
+  template <class W>
+  void rotate_outputs(W&& w, ThreadPool* pool = nullptr) const {
+    rotate(w, pool);
+  }
 
   /// R, written out.
   Eigen::MatrixXf matrix() const {
