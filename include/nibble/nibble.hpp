@@ -63,6 +63,7 @@
 #include "nibble/ptq/output_error.hpp"
 #include "nibble/ptq/recipe.hpp"
 #include "nibble/ptq/smooth_quant.hpp"
+#include "nibble/ptq/tune.hpp"
 #include "nibble/ptq/weight_grids.hpp"
 
 #include "nibble/train/attention.hpp"
