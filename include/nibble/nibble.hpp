@@ -54,6 +54,7 @@
 #include "nibble/ptq/awq.hpp"
 #include "nibble/ptq/bias_correction.hpp"
 #include "nibble/ptq/cholesky.hpp"
+#include "nibble/ptq/double_quant.hpp"
 #include "nibble/ptq/equalize.hpp"
 #include "nibble/ptq/fold.hpp"
 #include "nibble/ptq/hadamard.hpp"
