@@ -38,13 +38,13 @@ RowMajorMatrix random_weights(Eigen::Index rows, Eigen::Index cols, unsigned see
 
 std::vector<Scheme> schemes() {
   std::vector<Scheme> all;
-  for (const Format f : {Format::int8, Format::int4, Format::nf4})
+  for (const Format f : all_formats)
     for (const Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
       for (const Granularity& g :
            {Granularity::per_channel(0), Granularity::per_group(32), Granularity::per_group(128, 1)})
         for (const ScaleType t : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16})
           for (const bool full : {false, true})
-            if ((is_integer(f) || s == Symmetry::symmetric) &&
+            if (has_scales(f) && (is_integer(f) || s == Symmetry::symmetric) &&
                 (!full || (is_integer(f) && s == Symmetry::symmetric)))
               all.push_back({f, s, g, t, full});
   return all;

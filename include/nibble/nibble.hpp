@@ -57,6 +57,7 @@
 #include "nibble/ptq/double_quant.hpp"
 #include "nibble/ptq/equalize.hpp"
 #include "nibble/ptq/fold.hpp"
+#include "nibble/ptq/gptq.hpp"
 #include "nibble/ptq/hadamard.hpp"
 #include "nibble/ptq/hessian.hpp"
 #include "nibble/ptq/hqq.hpp"

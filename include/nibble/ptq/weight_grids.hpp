@@ -16,6 +16,8 @@
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
 #include "nibble/core/thread_pool.hpp"
+#include "nibble/formats/bit_stream.hpp"
+#include "nibble/formats/int4.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/range.hpp"
@@ -24,7 +26,7 @@
 namespace nibble {
 inline namespace NIBBLE_ABI {
 
-/// Codes of a matrix as they are stored, one a byte: int8 -128..127, int4 and nf4 0..15.
+/// Codes of a matrix as they are stored, one a byte: int8 -128..127, the others from 0 up.
 using CodeMatrix = Eigen::Matrix<std::int8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 /// Weights with the inputs of an output side by side, N x K.
 using RowMajorMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -92,10 +94,11 @@ inline void decode_bytes(const ParamStorage& params, std::size_t group, const fl
 
 /// One line's codes, one a byte, as a QuantizedTensor stores them.
 inline void store_line(Format format, const std::int8_t* codes, std::size_t n, std::uint8_t* line) {
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(codes);
   switch (bits_of(format)) {
     case 8: std::memcpy(line, codes, n); return;
-    case 4: pack_nibbles(reinterpret_cast<const std::uint8_t*>(codes), n, line); return;
-    default: raise<Unsupported>(concat("codes of format ", name_of(format), " cannot be put together"));
+    case 4: pack_nibbles(bytes, n, line); return;
+    default: pack_bits(bits_of(format), bytes, n, line); return;
   }
 }
 
@@ -227,6 +230,17 @@ class WeightGrids {
   void decode_run(const Grid& g, const std::int8_t* codes, std::size_t n, float* w) const {
     detail::decode_bytes(params(), detail::round_up(std::max<std::size_t>(n, 1), 16), &g.scale,
                          offsets_.empty() ? nullptr : &g.offset, nullptr, g.zero, codes, n, w);
+  }
+
+  /// Codes of n values that each have a grid of their own, laid out by parameter: offsets for float_offset alone, zeros for
+  /// asymmetric alone, else nullptr.
+  void encode_each(const float* scales, const float* offsets, const std::int8_t* zeros, const float* w,
+                   std::size_t n, std::int8_t* codes) const {
+    detail::encode_bytes(params(), 1, scales, offsets, zeros, implied_zero_, w, n, codes);
+  }
+  void decode_each(const float* scales, const float* offsets, const std::int8_t* zeros, const std::int8_t* codes,
+                   std::size_t n, float* w) const {
+    detail::decode_bytes(params(), 1, scales, offsets, zeros, implied_zero_, codes, n, w);
   }
 
   /// Nearest codes of all weights. Throws InvalidArgument, naming the index, for a weight that is not finite.
