@@ -137,6 +137,77 @@ TEST(PackedFile, StreamsMatrixByMatrix) {
   expect_same(file.matrix("b"), b, "b");
 }
 
+nibble::DoubleQuantizedTensor double_quantized(const Scheme& scheme, Eigen::Index n, Eigen::Index k,
+                                               nibble::ScaleMap map) {
+  nibble::DoubleQuantOptions options;
+  options.map = map;
+  options.block = 100;
+  return nibble::double_quantize(nibble::DynamicQuantizer(scheme).quantize(random_matrix(n, k, 3)), options);
+}
+
+TEST(PackedFile, DoubleQuantizedScales) {
+  using G = Granularity;
+  const TempFolder folder;
+  for (const Scheme& scheme :
+       {Scheme{Format::nf4, Symmetry::symmetric, G::per_group(64), ScaleType::fp32, false},
+        Scheme{Format::int4, Symmetry::asymmetric, G::per_group(32), ScaleType::fp16, false},
+        Scheme{Format::int4, Symmetry::float_offset, G::per_group(48), ScaleType::bf16, false},
+        Scheme{Format::int8, Symmetry::symmetric, G::per_channel(0), ScaleType::fp32, false},
+        Scheme{Format::int8, Symmetry::symmetric, G::per_tensor(), ScaleType::fp32, false}})
+    for (const nibble::ScaleMap map : {nibble::ScaleMap::dynamic, nibble::ScaleMap::linear})
+      for (const Eigen::Index n : {0, 5, 37}) {
+        const nibble::DoubleQuantizedTensor q = double_quantized(scheme, n, 1000, map);
+        const PackedMatrix m = nibble::pack(q.tensor);
+        const PackedMatrix plain = packed({Format::fp32, Symmetry::symmetric, {}, {}, false}, 3, 4);
+        PackedFileWriter writer(folder.file("added"));
+        writer.add("m", m, q.scales);
+        writer.add("plain", plain);
+        writer.commit();
+        PackedFileWriter streamed(folder.file("streamed"));
+        streamed.declare("m", m.header(), !m.channel_sums().empty(), nibble::DoubleQuantOptions{100, map});
+        streamed.declare("plain", plain.header(), !plain.channel_sums().empty());
+        streamed.write("m", m, q.scales);
+        streamed.write("plain", plain);
+        streamed.commit();
+        EXPECT_EQ(read_file(folder.file("added")), read_file(folder.file("streamed")));
+
+        const PackedFile file = PackedFile::open(folder.file("added"));
+        expect_same(file.matrix("m"), m, "m");
+        expect_same(file.matrix("plain"), plain, "plain");
+        EXPECT_EQ(file.find_tensor("m.scales"), nullptr);
+        EXPECT_EQ(file.double_quantized_scales("plain"), nullptr);
+        ASSERT_NE(file.double_quantized_scales("m"), nullptr);
+        EXPECT_EQ(file.double_quantized_scales("m")->decode(), q.scales.decode());
+        EXPECT_EQ(file.double_quantized_scales("m")->byte_size(), q.scales.byte_size());
+        if (n != 0) {
+          EXPECT_TRUE(inside(file.matrix("m").codes(), file.tensor("m.codes")));
+        }
+      }
+}
+
+TEST(PackedFile, DoubleQuantizedScalesMustBeTheMatrix) {
+  const TempFolder folder;
+  const Scheme scheme{Format::nf4, Symmetry::symmetric, Granularity::per_group(64), ScaleType::fp32, false};
+  const nibble::DoubleQuantizedTensor q = double_quantized(scheme, 20, 640, nibble::ScaleMap::dynamic);
+  const PackedMatrix m = nibble::pack(q.tensor);
+  PackedFileWriter writer(folder.file("x"));
+  nibble::DoubleQuantizedScales other = q.scales;
+  other.codes[7] ^= 1;
+  writer.add("m", m, other);
+  expect_error<InvalidArgument>([&] { writer.commit(); }, {"'m'", "do not decode"});
+  PackedFileWriter second(folder.file("x"));
+  second.declare("m", m.header(), !m.channel_sums().empty(),
+                 nibble::DoubleQuantOptions{100, nibble::ScaleMap::dynamic});
+  expect_error<InvalidArgument>([&] { second.write("m", m); }, {"'m'", "declaration"});
+  other = q.scales;
+  other.absmax.push_back(1.0F);
+  expect_error<InvalidArgument>([&] { second.write("m", m, other); }, {"'m'", "than were declared"});
+  const PackedMatrix halves =
+      packed({Format::nf4, Symmetry::symmetric, Granularity::per_group(64), ScaleType::fp16, false}, 20, 640);
+  expect_error<InvalidArgument>([&] { second.declare("h", halves.header(), true, nibble::DoubleQuantOptions{}); },
+                                {"'h'", "fp32"});
+}
+
 TEST(PackedFile, EmptyMatrices) {
   const TempFolder folder;
   {
@@ -278,6 +349,57 @@ TEST(PackedFile, RefusesHeadersThatLie) {
   }
   const std::string across = parts.replaced("\\\"axis\\\":1", "\\\"axis\\\":0");
   expect_error<Unsupported>([&] { parse(parts.join(across)); }, {"test", "'w'", "axis 0"});
+}
+
+TEST(PackedFile, RefusesDoubleQuantizedScalesThatLie) {
+  const TempFolder folder;
+  const Scheme scheme{Format::nf4, Symmetry::symmetric, Granularity::per_group(32), ScaleType::fp32, false};
+  const nibble::DoubleQuantizedTensor q = double_quantized(scheme, 20, 640, nibble::ScaleMap::dynamic);
+  {
+    PackedFileWriter writer(folder.file("p"));
+    writer.add("w", nibble::pack(q.tensor), q.scales);
+    writer.commit();
+  }
+  const Bytes bytes = read_file(folder.file("p"));
+  std::uint64_t length = 0;
+  std::memcpy(&length, bytes.data(), 8);
+  const auto data = bytes.begin() + 8 + static_cast<std::ptrdiff_t>(length);
+  const Parts parts{std::string(bytes.begin() + 8, data), Bytes(data, bytes.end())};
+  EXPECT_NO_THROW(parse(parts.join(parts.header)));
+  const std::vector<std::pair<std::string, std::string>> lies = {
+      {"\\\"double8\\\"", "\\\"double4\\\""},
+      {"\\\"scale_coding\\\"", "\\\"scale_codes\\\""},
+      {"\\\"dynamic\\\"", "\\\"dinamic\\\""},
+      {"\\\"scale_block\\\":100", "\\\"scale_block\\\":0"},
+      {"\\\"scale_block\\\":100", "\\\"scale_block\\\":50"},
+      {"\\\"scale_block\\\":100", "\\\"scale_block\\\":-100"},
+      {"\\\"scale_block\\\":100", "\\\"block\\\":100"},
+      {"\\\"scale_type\\\":\\\"fp32\\\"", "\\\"scale_type\\\":\\\"fp16\\\""},
+      {"\\\"group_size\\\":32", "\\\"group_size\\\":64"},
+      {"\"w.scale_codes\"", "\"w.scales\""},
+      {"\"w.scale_absmax\"", "\"w.scale_absmin\""},
+      {"\"w.scale_offset\"", "\"w.scale_set\""},
+      {"\"shape\":[400]", "\"shape\":[20,20]"},
+  };
+  for (const auto& [from, to] : lies) {
+    const std::string text = parts.replaced(from, to);
+    SCOPED_TRACE(to);
+    expect_error<FormatError>([&] { parse(parts.join(text)); }, {"test", "'w'"});
+  }
+  // What is no number.
+  const auto file = nibble::SafetensorsFile::parse(exact_buffer(bytes));
+  for (const char* name : {"w.scale_absmax", "w.scale_offset"})
+    for (const std::uint32_t bad : {0x7FC00000U, 0xFF800000U}) {
+      Bytes broken = bytes;
+      const auto at =
+          static_cast<std::size_t>(file.find_tensor(name)->data.data() - file.tensors()[0].data.data()) +
+          (bytes.size() - parts.data.size());
+      std::memcpy(broken.data() + at, &bad, 4);
+      expect_error<FormatError>([&] { parse(broken); }, {"test", "'w'", "double-quantized"});
+    }
+  for (std::size_t n = 0; n < bytes.size(); n += 7)
+    expect_error<FormatError>(
+        [&] { parse(Bytes(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(n))); });
 }
 
 TEST(PackedFile, RefusesParametersThatAreNoNumbers) {
