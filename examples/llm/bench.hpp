@@ -114,16 +114,13 @@ inline BatchResult bench_batch(const Model& model, std::size_t sequences, const 
   return result;
 }
 
-/// Medians over options.repeats rounds. `activations` and `kv_format` as in RunnerOptions; `step` is called after every
+/// Medians over options.repeats rounds. `runner_options` say how products run; `step` is called after every
 /// round.
 template <class Step>
-BenchResult bench(const Model& model, const BenchOptions& options, nibble::Activations activations,
-                  nibble::KvFormat kv_format, nibble::ThreadPool& pool, Step&& step) {
+BenchResult bench(const Model& model, const BenchOptions& options, RunnerOptions runner_options,
+                  nibble::ThreadPool& pool, Step&& step) {
   using limits_detail::seconds_now;
-  RunnerOptions runner_options;
   runner_options.context = std::max(options.prompt, options.depth + options.decode + 1) + 1;
-  runner_options.activations = activations;
-  runner_options.kv_format = kv_format;
   runner_options.pool = pool.threads() > 1 ? &pool : nullptr;
   Runner runner(model, runner_options);
   auto cache = runner.new_cache();

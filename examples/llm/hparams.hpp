@@ -2,12 +2,58 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "nibble/io/gguf.hpp"
+#include "nibble/ptq/hadamard.hpp"
 
 namespace llm {
+
+/// A HadamardRotation of channels, as files tell of it.
+struct HadamardSpec {
+  std::size_t block = 0;              // channels that are mixed; 0: no rotation
+  std::optional<std::uint64_t> seed;  // of random signs; empty: none
+
+  bool operator==(const HadamardSpec& o) const { return block == o.block && seed == o.seed; }
+};
+
+/// The rotation of n channels. Throws as HadamardRotation does.
+inline std::shared_ptr<const nibble::HadamardRotation> rotation_of(const HadamardSpec& spec, Eigen::Index n) {
+  return std::make_shared<const nibble::HadamardRotation>(n, static_cast<Eigen::Index>(spec.block), spec.seed);
+}
+
+inline nlohmann::json to_json(const HadamardSpec& spec) {
+  nlohmann::json json = {{"block", spec.block}};
+  if (spec.seed) json["seed"] = *spec.seed;
+  return json;
+}
+/// Throws FormatError for what is no rotation of `channels` channels.
+inline HadamardSpec hadamard_spec_of(const nlohmann::json& json, std::size_t channels) {
+  using nibble::FormatError;
+  using nibble::detail::require;
+  require<FormatError>(json.is_object(), "a rotation is no JSON object");
+  HadamardSpec spec;
+  for (const auto& item : json.items()) {
+    const bool known = item.key() == "block" || item.key() == "seed";
+    require<nibble::Unsupported>(known, "a rotation has the field '", item.key(),
+                                 "', which this version does not know");
+    require<FormatError>(item.value().is_number_unsigned(), "a rotation's '", item.key(),
+                         "' is no unsigned integer");
+    if (item.key() == "block")
+      spec.block = item.value().get<std::size_t>();
+    else
+      spec.seed = item.value().get<std::uint64_t>();
+  }
+  require<FormatError>(spec.block >= 1 && spec.block <= channels && channels % spec.block == 0,
+                       "a rotation has blocks of ", spec.block, ", expected a divisor of ", channels);
+  require<FormatError>(nibble::detail::plan_hadamard(static_cast<Eigen::Index>(spec.block)).found(),
+                       "a rotation has blocks of ", spec.block, ", for which there is no Hadamard matrix");
+  return spec;
+}
 
 struct Hparams {
   std::string name;
@@ -23,6 +69,10 @@ struct Hparams {
   float rms_epsilon = 1e-5F;
   double rope_base = 10000.0;
   double rope_scale = 1.0;  // positions are divided by it
+  /// Of the residual stream (block 0: none): the blocks read and write R^T x. The embedding and the output layer with
+  /// its norm are as they were, so that they may share their weights: the runner rotates after the one and back before
+  /// the other.
+  HadamardSpec rotation;
 
   std::size_t kv_size() const { return kv_heads * head_size; }
   std::size_t q_size() const { return heads * head_size; }
@@ -87,19 +137,21 @@ inline Hparams hparams_of(const nibble::GgufFile& file) {
 }
 
 inline nlohmann::json to_json(const Hparams& h) {
-  return {{"name", h.name},
-          {"layers", h.layers},
-          {"dim", h.dim},
-          {"ffn", h.ffn},
-          {"heads", h.heads},
-          {"kv_heads", h.kv_heads},
-          {"head_size", h.head_size},
-          {"rope_size", h.rope_size},
-          {"context", h.context},
-          {"vocabulary", h.vocabulary},
-          {"rms_epsilon", h.rms_epsilon},
-          {"rope_base", h.rope_base},
-          {"rope_scale", h.rope_scale}};
+  nlohmann::json json = {{"name", h.name},
+                         {"layers", h.layers},
+                         {"dim", h.dim},
+                         {"ffn", h.ffn},
+                         {"heads", h.heads},
+                         {"kv_heads", h.kv_heads},
+                         {"head_size", h.head_size},
+                         {"rope_size", h.rope_size},
+                         {"context", h.context},
+                         {"vocabulary", h.vocabulary},
+                         {"rms_epsilon", h.rms_epsilon},
+                         {"rope_base", h.rope_base},
+                         {"rope_scale", h.rope_scale}};
+  if (h.rotation.block != 0) json["rotation"] = to_json(h.rotation);
+  return json;
 }
 
 /// Throws FormatError where a member is missing or of a wrong type.
@@ -129,6 +181,7 @@ inline Hparams hparams_of(const nlohmann::json& j) {
     throw nibble::FormatError(std::string("the hyperparameters are broken: ") + e.what());
   }
   check(h);
+  if (j.contains("rotation")) h.rotation = hadamard_spec_of(j["rotation"], h.dim);
   return h;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <array>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "hparams.hpp"
+#include "linear.hpp"
 #include "model_file.hpp"
 #include "nibble/gemm/matmul.hpp"
 
@@ -16,14 +18,16 @@ namespace llm {
 
 struct Layer {
   Eigen::VectorXf attention_norm;
-  nibble::PackedMatrix query;
-  nibble::PackedMatrix key;
-  nibble::PackedMatrix value;
-  nibble::PackedMatrix output;
+  Linear query;
+  Linear key;
+  Linear value;
+  Linear output;
   Eigen::VectorXf ffn_norm;
-  nibble::PackedMatrix gate;
-  nibble::PackedMatrix up;
-  nibble::PackedMatrix down;
+  Linear gate;
+  Linear up;
+  Linear down;
+
+  std::array<const Linear*, 7> linears() const { return {&query, &key, &value, &output, &gate, &up, &down}; }
 };
 
 struct Model {
@@ -31,23 +35,21 @@ struct Model {
   nibble::PackedMatrix embedding;  // vocabulary x dim; its rows are gathered
   std::vector<Layer> layers;
   Eigen::VectorXf output_norm;
-  nibble::PackedMatrix output;  // vocabulary x dim; tied embeddings: the same bytes as `embedding`
+  Linear output;  // vocabulary x dim; tied embeddings: the same bytes as `embedding`
   std::vector<float> rope_divisors;
 
   /// Bytes that one token's products read: all block matrices and the output layer.
   std::size_t bytes_per_token() const {
     std::size_t bytes = output.byte_size();
     for (const Layer& l : layers)
-      for (const nibble::PackedMatrix* m : {&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down})
-        bytes += m->byte_size();
+      for (const Linear* m : l.linears()) bytes += m->byte_size();
     return bytes;
   }
   /// Multiplications and additions of one token in the blocks, and in the output layer.
   double block_operations() const {
     double macs = 0.0;
     for (const Layer& l : layers)
-      for (const nibble::PackedMatrix* m : {&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down})
-        macs += static_cast<double>(m->rows()) * static_cast<double>(m->cols());
+      for (const Linear* m : l.linears()) macs += static_cast<double>(m->rows()) * static_cast<double>(m->cols());
     return 2.0 * macs;
   }
   double output_operations() const {
@@ -65,7 +67,7 @@ inline Model load_model(const ModelFile& file, nibble::ThreadPool* pool = nullpt
   const Hparams& h = model.hparams;
   std::size_t used = 0;
   const auto matrix = [&](const std::string& name, std::size_t rows, std::size_t cols) {
-    nibble::PackedMatrix m = file.matrix(name, pool);
+    Linear m = file.linear(name, pool);
     require<FormatError>(static_cast<std::size_t>(m.rows()) == rows && static_cast<std::size_t>(m.cols()) == cols,
                          "tensor '", name, "' is ", m.rows(), " x ", m.cols(), ", expected ", rows, " x ", cols);
     ++used;
@@ -78,9 +80,12 @@ inline Model load_model(const ModelFile& file, nibble::ThreadPool* pool = nullpt
     ++used;
     return v;
   };
-  model.embedding = matrix("token_embd.weight", h.vocabulary, h.dim);
+  const Linear embedding = matrix("token_embd.weight", h.vocabulary, h.dim);
+  require<nibble::Unsupported>(embedding.extras() == nullptr, "the embedding has an order, scales or a rotation");
+  model.embedding = embedding.weights();
   model.output_norm = vector("output_norm.weight", h.dim);
-  model.output = file.has("output.weight") ? matrix("output.weight", h.vocabulary, h.dim) : model.embedding;
+  model.output =
+      file.has("output.weight") ? matrix("output.weight", h.vocabulary, h.dim) : Linear(model.embedding);
   if (file.has("rope_freqs.weight")) {
     const Eigen::VectorXf divisors = vector("rope_freqs.weight", h.rope_size / 2);
     model.rope_divisors.assign(divisors.data(), divisors.data() + divisors.size());

@@ -4,12 +4,14 @@
 #include <Eigen/Core>
 #include <cstddef>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "format_spec.hpp"
 #include "hparams.hpp"
+#include "linear.hpp"
 #include "nibble/gemm/pack.hpp"
 #include "nibble/io/gguf_quantized.hpp"
 #include "packed_model.hpp"
@@ -44,9 +46,22 @@ class ModelFile {
   virtual nibble::Scheme scheme(const std::string& name) const = 0;
   /// A vector (norm) as floats.
   virtual Eigen::VectorXf vector(const std::string& name) const = 0;
+  /// What the product with a matrix needs beside it, or nullptr. quantized() and matrix() are what is stored: their
+  /// columns are in the order of the extras, for rotated inputs if these say so.
+  virtual const LinearExtras* extras(const std::string& name) const {
+    (void)name;
+    return nullptr;
+  }
+  /// True where some matrix has extras, or the residual stream is rotated.
+  virtual bool has_extras() const { return false; }
   /// The GGUF behind it, or nullptr.
   virtual const nibble::GgufFile* gguf() const { return nullptr; }
 
+  /// A weight matrix with what belongs to it.
+  Linear linear(const std::string& name, nibble::ThreadPool* pool) const {
+    const LinearExtras* e = extras(name);
+    return e == nullptr ? Linear(matrix(name, pool)) : Linear(matrix(name, pool), *e, name);
+  }
   bool has(const std::string& name) const {
     for (const TensorInfo& t : tensors())
       if (t.name == name) return true;
@@ -107,9 +122,10 @@ class PackedModelFile : public ModelFile {
           {name, {matrix.header().rows, matrix.header().cols}, name_of(matrix.scheme()), matrix.byte_size()});
     for (const nibble::SafetensorsTensor& t : file_.safetensors().tensors()) {
       bytes_ += t.data.size();
-      if (is_vocabulary_tensor(t.name) || is_part(t.name)) continue;
+      if (is_vocabulary_tensor(t.name) || is_linear_tensor(t.name) || is_part(t.name)) continue;
       tensors_.push_back({t.name, t.shape, std::string(nibble::name_of(t.type)), t.data.size()});
     }
+    extras_ = linear_extras_of(file_);
   }
 
   std::string kind() const override { return "packed safetensors"; }
@@ -122,6 +138,11 @@ class PackedModelFile : public ModelFile {
   }
   nibble::QuantizedTensor quantized(const std::string& name) const override { return file_.matrix(name).unpack(); }
   nibble::Scheme scheme(const std::string& name) const override { return file_.matrix(name).scheme(); }
+  const LinearExtras* extras(const std::string& name) const override {
+    const auto at = extras_.find(name);
+    return at == extras_.end() ? nullptr : &at->second;
+  }
+  bool has_extras() const override { return !extras_.empty() || hparams_.rotation.block != 0; }
   Eigen::VectorXf vector(const std::string& name) const override {
     const auto values = packed_detail::array_of<float>(file_, name.c_str(), nibble::SafetensorsType::f32, true);
     return Eigen::Map<const Eigen::VectorXf>(values.data(), static_cast<Eigen::Index>(values.size()));
@@ -136,6 +157,7 @@ class PackedModelFile : public ModelFile {
   nibble::PackedFile file_;
   Hparams hparams_;
   std::vector<TensorInfo> tensors_;
+  std::map<std::string, LinearExtras> extras_;
   std::size_t bytes_ = 0;
 };
 

@@ -11,12 +11,17 @@
 //   tokenizer.merge_index  U32 [slots]  a program starts; merges by the hash of left and right. Files without are older
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "hparams.hpp"
+#include "linear.hpp"
 #include "nibble/io/packed_file.hpp"
 #include "vocabulary.hpp"
 
@@ -50,6 +55,115 @@ inline nlohmann::json json_of(const nibble::PackedFile& file, const char* key) {
 
 /// True for the tensors that hold the vocabulary.
 inline bool is_vocabulary_tensor(const std::string& name) { return name.compare(0, 10, "tokenizer.") == 0; }
+
+/// True for the tensors that hold what linear layers need beside their weights.
+inline bool is_linear_tensor(const std::string& name) {
+  return name.compare(0, 7, "linear:") == 0 || name == "linear.version";
+}
+
+inline constexpr std::uint32_t linear_extras_version = 1;
+
+/// Adds what linear layers need beside their weights, by the name of the matrix; and the mark that a file with a
+/// rotation needs. As add_model_data: before the first data.
+inline void add_linear_extras(nibble::PackedFileWriter& out, const Hparams& hparams,
+                              const std::map<std::string, LinearExtras>& extras) {
+  using nibble::SafetensorsType;
+  const auto add = [&](const std::string& name, SafetensorsType type, const void* data, std::size_t count) {
+    nibble::Buffer bytes(4 * count);
+    std::memcpy(bytes.mutable_data(), data, bytes.size());
+    out.add_tensor(name, type, {count}, std::move(bytes));
+  };
+  nlohmann::json linears = nlohmann::json::object();
+  for (const auto& [name, e] : extras) {
+    if (e.empty()) continue;
+    nlohmann::json json = nlohmann::json::object();
+    if (e.hadamard.block != 0) json["hadamard"] = to_json(e.hadamard);
+    if (!e.input_order.empty()) {
+      json["input_order"] = true;
+      add("linear:" + name + ".input_order", SafetensorsType::u32, e.input_order.data(), e.input_order.size());
+    }
+    if (!e.activation_scales.empty()) {
+      json["static"] = {{"group", e.activation_group}};
+      add("linear:" + name + ".activation_scales", SafetensorsType::f32, e.activation_scales.data(),
+          e.activation_scales.size());
+    }
+    if (e.outlier_threshold != 0.0F) json["outlier_threshold"] = e.outlier_threshold;
+    if (e.bias.size() != 0) {
+      json["bias"] = true;
+      add("linear:" + name + ".bias", SafetensorsType::f32, e.bias.data(),
+          static_cast<std::size_t>(e.bias.size()));
+    }
+    linears[name] = std::move(json);
+  }
+  if (linears.empty() && hparams.rotation.block == 0) return;
+  add("linear.version", SafetensorsType::u32, &linear_extras_version, 1);
+  if (linears.empty()) return;
+  const nlohmann::json all = {{"version", linear_extras_version}, {"linears", std::move(linears)}};
+  out.add_metadata("linear", all.dump());
+}
+
+/// What linear layers of a file need beside their weights. Throws FormatError where it is broken or fits no matrix,
+/// Unsupported for a version or field that this reader does not know.
+inline std::map<std::string, LinearExtras> linear_extras_of(const nibble::PackedFile& file) {
+  using nibble::FormatError;
+  using nibble::SafetensorsType;
+  using nibble::Unsupported;
+  using nibble::detail::require;
+  std::map<std::string, LinearExtras> all;
+  if (file.find_tensor("linear.version") != nullptr) {
+    const auto version =
+        packed_detail::array_of<std::uint32_t>(file, "linear.version", SafetensorsType::u32, true);
+    require<Unsupported>(version.size() == 1 && version[0] == linear_extras_version,
+                         "packed model: its linear layers are of a version that this program does not know");
+  }
+  if (file.find_metadata("linear") == nullptr) return all;
+  const nlohmann::json json = packed_detail::json_of(file, "linear");
+  require<Unsupported>(json.contains("version") && json["version"] == linear_extras_version,
+                       "packed model: its linear layers are of a version that this program does not know");
+  require<FormatError>(json.contains("linears") && json["linears"].is_object(),
+                       "packed model: 'linear' has no 'linears'");
+  for (const auto& entry : json["linears"].items()) {
+    const std::string& name = entry.key();
+    const nibble::PackedMatrix* matrix = file.find_matrix(name);
+    require<FormatError>(matrix != nullptr && entry.value().is_object(), "packed model: 'linear' names '", name,
+                         "', which is no matrix of the file or has no object");
+    const auto inputs = static_cast<std::size_t>(matrix->cols());
+    LinearExtras e;
+    const auto read = [&](const char* what, SafetensorsType type, auto* to) {
+      using T = typename std::decay_t<decltype(*to)>::value_type;
+      const auto values = packed_detail::array_of<T>(file, ("linear:" + name + "." + what).c_str(), type, true);
+      to->assign(values.begin(), values.end());
+    };
+    try {
+      for (const auto& item : entry.value().items()) {
+        const std::string& key = item.key();
+        const nlohmann::json& value = item.value();
+        if (key == "hadamard") {
+          e.hadamard = hadamard_spec_of(value, inputs);
+        } else if (key == "input_order") {
+          read("input_order", SafetensorsType::u32, &e.input_order);
+        } else if (key == "static") {
+          e.activation_group = value.at("group").get<std::size_t>();
+          read("activation_scales", SafetensorsType::f32, &e.activation_scales);
+        } else if (key == "outlier_threshold") {
+          e.outlier_threshold = value.get<float>();
+        } else if (key == "bias") {
+          std::vector<float> bias;
+          read("bias", SafetensorsType::f32, &bias);
+          e.bias = Eigen::Map<const Eigen::VectorXf>(bias.data(), static_cast<Eigen::Index>(bias.size()));
+        } else {
+          nibble::detail::raise<Unsupported>("packed model: '" + name + "' has the field '" + key +
+                                             "', which this program does not know");
+        }
+      }
+    } catch (const nlohmann::json::exception& error) {
+      throw FormatError("packed model: the linear layer '" + name + "' is broken: " + error.what());
+    }
+    check(e, name, static_cast<std::size_t>(matrix->rows()), inputs);
+    all.emplace(name, std::move(e));
+  }
+  return all;
+}
 
 /// Adds hyperparameters and vocabulary. All declarations come before the first data: call add_model_data, then declare
 /// the weights, then write.

@@ -5,6 +5,7 @@
 
 #include <Eigen/Core>
 #include <cstddef>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -217,6 +218,11 @@ QuantizeReport quantize_to_packed(const ModelFile& in, const std::string& path, 
   using namespace quantize_detail;
   nibble::PackedFileWriter out(path);
   add_model_data(out, in.hparams(), in.vocabulary());
+  // Codes stay in the order, and for the inputs, that they had.
+  std::map<std::string, LinearExtras> extras;
+  for (const TensorInfo& t : in.tensors())
+    if (const LinearExtras* e = in.extras(t.name)) extras.emplace(t.name, *e);
+  add_linear_extras(out, in.hparams(), extras);
   std::vector<nibble::Scheme> schemes;
   for (const TensorInfo& t : in.tensors()) {
     schemes.emplace_back();
@@ -261,6 +267,10 @@ template <class Done>
 QuantizeReport quantize_to_gguf(const ModelFile& in, const std::string& path, const QuantizePlan& plan,
                                 Done&& done) {
   using namespace quantize_detail;
+  nibble::detail::require(
+      !in.has_extras(),
+      "a GGUF cannot hold this model: its residual stream or some linear layer's input is rotated, "
+      "reordered or has static scales (write a .safetensors)");
   struct Item {
     nibble::Scheme scheme;
     nibble::GgufType type = nibble::GgufType::f32;

@@ -16,6 +16,7 @@
 
 #include "model.hpp"
 #include "nibble/gemm/matmul.hpp"
+#include "nibble/gemm/outliers.hpp"
 #include "nibble/nn/attention.hpp"
 #include "nibble/nn/gate.hpp"
 #include "nibble/nn/kv_cache.hpp"
@@ -27,9 +28,14 @@
 namespace llm {
 
 struct RunnerOptions {
-  std::size_t context = 2048;                                        // positions that a sequence may reach
-  std::size_t block = 512;                                           // tokens computed at once
-  nibble::Activations activations = nibble::Activations::automatic;  // fp32: exact; automatic: int8 where it can
+  std::size_t context = 2048;  // positions that a sequence may reach
+  std::size_t block = 512;     // tokens computed at once
+  /// What integer weights are multiplied with. fp32: floats. automatic: INT8 codes as the linear layer says - on its
+  /// static scales, or apart from its outliers - or else as int8_grouped. int8_grouped: INT8 codes, a scale a token and
+  /// group of inputs. int8: a scale a token in the blocks; the output layer's are always in groups.
+  nibble::Activations activations = nibble::Activations::automatic;
+  /// Above 0: LLM.int8() in all blocks, what activations says but for those from here on, which stay floats.
+  float outlier_threshold = 0.0F;
   nibble::KvFormat kv_format = nibble::KvFormat::fp16;
   nibble::ThreadPool* pool = nullptr;  // nullptr: the calling thread alone
   Profile* profile = nullptr;          // where time is written down, if anywhere
@@ -65,6 +71,11 @@ class Runner {
     logits_.resize(index(h_.vocabulary), std::min<Eigen::Index>(block, logits_block));
     positions_.resize(static_cast<std::size_t>(block));
     spans_.reserve(static_cast<std::size_t>(block));
+    if (h_.rotation.block != 0) rotation_ = rotation_of(h_.rotation, index(h_.dim));
+    bool transforms = model.output.transforms_input();
+    for (const Layer& l : model.layers)
+      for (const Linear* w : l.linears()) transforms = transforms || w->transforms_input();
+    if (transforms) transformed_.resize(index(std::max({h_.dim, h_.q_size(), h_.ffn})), block);
   }
 
   const Hparams& hparams() const { return h_; }
@@ -180,63 +191,178 @@ class Runner {
     });
   }
 
-  struct Product {
-    const nibble::PackedMatrix& w;
-    Matrix& y;
-    nibble::Epilogue epilogue = {};
+  /// What is done with a product before it is stored.
+  enum class Then {
+    nothing,
+    add,   // the residual stream, in place
+    gate,  // silu of it, times up_
   };
+  struct Product {
+    const Linear& w;
+    Matrix& y;
+    Then then = Then::nothing;
+  };
+
+  /// What a linear layer's input becomes; several layers with the same one share it.
+  struct Form {
+    enum class Kind { floats, grouped, token, fixed, outliers };
+    Kind kind = Kind::floats;
+    std::size_t group = 0;                               // grouped; the rest beside outliers
+    float threshold = 0.0F;                              // outliers
+    const LinearExtras* transform = nullptr;             // nullptr: as it came
+    const nibble::HadamardRotation* rotation = nullptr;  // transform's
+    const LinearExtras* scales = nullptr;                // fixed
+
+    bool same_input(const Form& o) const {
+      return transform == o.transform ||
+             (transform != nullptr && o.transform != nullptr && transform->same_input(*o.transform));
+    }
+    bool same(const Form& o) const {
+      return kind == o.kind && group == o.group && threshold == o.threshold && same_input(o) &&
+             (scales == o.scales || (scales != nullptr && o.scales != nullptr && scales->same_scales(*o.scales)));
+    }
+  };
+
+  Form form_of(const Linear& w, bool block) const {
+    using nibble::Activations;
+    Form form;
+    const LinearExtras* e = w.extras();
+    if (e != nullptr && e->transforms_input()) form.transform = e, form.rotation = w.rotation();
+    if (options_.activations == Activations::fp32 || !nibble::is_integer(w.format())) return form;
+    const bool automatic = options_.activations == Activations::automatic;
+    const bool token = block && options_.activations == Activations::int8;
+    float threshold = block ? options_.outlier_threshold : 0.0F;
+    if (automatic && threshold == 0.0F && e != nullptr) threshold = e->outlier_threshold;
+    if (automatic && threshold == 0.0F && e != nullptr && !e->activation_scales.empty()) {
+      form.kind = Form::Kind::fixed;
+      form.scales = e;
+      return form;
+    }
+    // Automatic: a scale for each group of inputs. With one a token, this size of model loses 4 % of its perplexity.
+    // Apart from outliers one a token will do.
+    const bool one = token || (automatic && threshold > 0.0F);
+    form.group = one ? 0 : nibble::activation_group(w.weights());
+    form.threshold = threshold;
+    form.kind = threshold > 0.0F ? Form::Kind::outliers : one ? Form::Kind::token : Form::Kind::grouped;
+    return form;
+  }
 
   /// Several products of the same n columns of x. They are quantized once, and only if some weight wants integers.
   class Input {
    public:
-    Input(Runner& runner, ProfileClock& clock, const Matrix& x, std::size_t n)
-        : runner_(runner), clock_(clock), x_(x), n_(index(n)) {}
+    Input(Runner& runner, ProfileClock& clock, const Matrix& x, std::size_t n, bool block = true)
+        : runner_(runner), clock_(clock), x_(x), n_(index(n)), block_(block) {}
 
     /// At most four products that do not need each other; those of integers run as one parallel region.
     void multiply(Operation what, std::initializer_list<Product> products) {
+      using Kind = typename Form::Kind;
       nibble::MatmulOptions options;
       options.pool = runner_.options_.pool;
       options.workspace = &runner_.workspace_;
       nibble::GroupedProduct grouped[4];
       std::size_t count = 0;
       Work work;
+      const auto flush = [&] {
+        nibble::matmul_grouped(grouped, count, options);
+        count = 0;
+      };
       for (const Product& p : products) {
-        const bool integers =
-            runner_.options_.activations != nibble::Activations::fp32 && nibble::is_integer(p.w.format());
-        work += work_of(p.w, integers);
-        if (!integers) {
+        const Form form = runner_.form_of(p.w, block_);
+        work += work_of(p.w, form.kind != Kind::floats);
+        const nibble::Epilogue epilogue = runner_.epilogue_of(p, n_);
+        // Codes that other products have yet to read stay until then.
+        if (form.kind != Kind::floats && !(ready_ && form.same(form_))) {
+          flush();
+          clock_.lap(what);
+          quantize(form);
+          clock_.lap(Operation::quantize);
+        }
+        if (form.kind == Kind::floats || form.kind == Kind::outliers) {
+          options.epilogue = epilogue;
           options.activations = nibble::Activations::fp32;
-          options.epilogue = p.epilogue;
-          nibble::matmul(p.w, x_.leftCols(n_), p.y.leftCols(n_), options);
+          if (form.kind == Kind::floats)
+            nibble::matmul(p.w.weights(), transformed(form), p.y.leftCols(n_), options);
+          else
+            nibble::matmul(p.w.weights(), runner_.outliers_, p.y.leftCols(n_), options);
+          options.epilogue = {};
           continue;
         }
-        // A scale for each group of inputs: with one a token, this size of model loses 4 % of its perplexity.
-        if (const std::size_t group = nibble::activation_group(p.w); quantized_ != group) {
-          nibble::matmul_grouped(grouped, count, options);
-          count = 0;
-          clock_.lap(what);
-          runner_.quantized_.assign(x_.leftCols(n_), nibble::Activations::int8_grouped, options.pool, group);
-          clock_.lap(Operation::quantize);
-          quantized_ = group;
-        }
-        grouped[count++] = {&p.w, &runner_.quantized_, p.y.data(), p.y.outerStride(), p.epilogue};
+        grouped[count++] = {&p.w.weights(), &runner_.quantized_, p.y.data(), p.y.outerStride(), epilogue};
       }
-      nibble::matmul_grouped(grouped, count, options);
+      flush();
       clock_.lap(what, work);
     }
 
    private:
-    Work work_of(const nibble::PackedMatrix& w, bool integers) const {
+    Work work_of(const Linear& w, bool integers) const {
       const double operations = 2.0 * static_cast<double>(w.rows()) * static_cast<double>(w.cols() * n_);
       return {static_cast<double>(w.byte_size()), integers ? operations : 0.0, integers ? 0.0 : operations};
+    }
+
+    /// x as the layer wants it, in floats.
+    Eigen::Ref<const Matrix> transformed(const Form& form) {
+      if (form.transform == nullptr) return x_.leftCols(n_);
+      auto to = runner_.transformed_.topLeftCorner(x_.rows(), n_);
+      if (transform_ != nullptr && transform_->same_input(*form.transform)) return to;
+      transform_ = form.transform;
+      const std::vector<std::uint32_t>& order = form.transform->input_order;
+      if (form.transform->hadamard.block != 0) {
+        to = x_.leftCols(n_);
+        form.rotation->rotate(to, runner_.options_.pool);
+      }
+      if (order.empty()) return to;
+      const bool in_place = form.transform->hadamard.block != 0;
+      if (in_place) runner_.ordered_.resize(x_.rows());
+      for (Eigen::Index t = 0; t < n_; ++t) {
+        const float* from = x_.col(t).data();
+        if (in_place) {
+          runner_.ordered_ = to.col(t);
+          from = runner_.ordered_.data();
+        }
+        for (Eigen::Index k = 0; k < x_.rows(); ++k) to(k, t) = from[order[static_cast<std::size_t>(k)]];
+      }
+      return to;
+    }
+
+    void quantize(const Form& form) {
+      using Kind = typename Form::Kind;
+      using nibble::Activations;
+      nibble::ThreadPool* pool = runner_.options_.pool;
+      const Eigen::Ref<const Matrix> x = transformed(form);
+      const Activations kind = form.group != 0 ? Activations::int8_grouped : Activations::int8;
+      if (form.kind == Kind::outliers) {
+        nibble::OutlierOptions outliers;
+        outliers.threshold = form.threshold;
+        outliers.activations = kind;
+        outliers.group_size = form.group;
+        runner_.outliers_.assign(x, outliers, pool);
+      } else if (form.kind == Kind::fixed) {
+        const std::vector<float>& scales = form.scales->activation_scales;
+        runner_.quantized_.assign_static(x, scales.data(), scales.size(), form.scales->activation_group, pool);
+      } else {
+        runner_.quantized_.assign(x, kind, pool, form.group);
+      }
+      form_ = form;
+      ready_ = true;
     }
 
     Runner& runner_;
     ProfileClock& clock_;
     const Matrix& x_;
     Eigen::Index n_;
-    std::size_t quantized_ = 0;  // the group size of runner_.quantized_, once it holds x
+    bool block_;
+    bool ready_ = false;  // runner_.quantized_ or outliers_ hold x as form_ says
+    Form form_;
+    const LinearExtras* transform_ = nullptr;  // whose input runner_.transformed_ holds, if any
   };
+
+  nibble::Epilogue epilogue_of(const Product& p, Eigen::Index n) const {
+    nibble::Epilogue epilogue;
+    if (p.w.extras() != nullptr && p.w.extras()->bias.size() != 0) epilogue.bias(p.w.extras()->bias);
+    if (p.then == Then::add) epilogue.add(x_.leftCols(n));
+    if (p.then == Then::gate) epilogue.silu().multiply(up_.leftCols(n));
+    return epilogue;
+  }
 
   /// The pieces' tokens through all layers: x_ holds their hidden states after the last, piece after piece.
   void forward(const Piece* pieces, std::size_t count) {
@@ -262,8 +388,8 @@ class Runner {
       for (std::size_t t = first; t < first + tokens; ++t)
         model_.embedding.dequantize_row(positions_[t].token, x_.col(index(t)).data());
     });
+    if (rotation_) rotation_->rotate(x_.leftCols(index(n)), options_.pool);
     clock.lap(Operation::embedding);
-    const auto columns = x_.leftCols(index(n));
     const float scale = 1.0F / std::sqrt(static_cast<float>(h_.head_size));
     const Work attention_work = clock.runs() ? work_of_attention() : Work();
     nibble::AttentionOptions attention;
@@ -288,8 +414,7 @@ class Runner {
       nibble::attention(spans_.data(), spans_.size(), i, query_.leftCols(index(n)), attended_.leftCols(index(n)),
                         attention);
       clock.lap(Operation::attention, attention_work);
-      Input(*this, clock, attended_, n)
-          .multiply(Operation::attention_output, {{l.output, x_, nibble::Epilogue().add(columns)}});
+      Input(*this, clock, attended_, n).multiply(Operation::attention_output, {{l.output, x_, Then::add}});
 
       norm(l.ffn_norm, n);
       clock.lap(Operation::norm);
@@ -300,10 +425,9 @@ class Runner {
         clock.lap(Operation::gate_up);
       } else {
         ffn.multiply(Operation::gate_up, {{l.up, up_}});
-        ffn.multiply(Operation::gate_up,
-                     {{l.gate, gate_, nibble::Epilogue().silu().multiply(up_.leftCols(index(n)))}});
+        ffn.multiply(Operation::gate_up, {{l.gate, gate_, Then::gate}});
       }
-      Input(*this, clock, gate_, n).multiply(Operation::down, {{l.down, x_, nibble::Epilogue().add(columns)}});
+      Input(*this, clock, gate_, n).multiply(Operation::down, {{l.down, x_, Then::add}});
     }
     for (std::size_t p = 0; p < count; ++p) pieces[p].cache->advance(pieces[p].count);
   }
@@ -327,10 +451,13 @@ class Runner {
   template <class ColumnOf>
   Logits output(std::size_t m, ColumnOf&& column_of) {
     ProfileClock clock(options_.profile);
-    for (std::size_t t = 0; t < m; ++t)
-      nibble::rms_norm(x_.col(index(column_of(t))), model_.output_norm, h_.rms_epsilon, normed_.col(index(t)));
+    for (std::size_t t = 0; t < m; ++t) normed_.col(index(t)) = x_.col(index(column_of(t)));
+    const auto last = normed_.leftCols(index(m));
+    if (rotation_) rotation_->unrotate(last, options_.pool);
+    nibble::rms_norm(last, model_.output_norm, h_.rms_epsilon, last);
     clock.lap(Operation::norm);
-    if (m > 0) Input(*this, clock, normed_, m).multiply(Operation::output_layer, {{model_.output, logits_}});
+    if (m > 0)
+      Input(*this, clock, normed_, m, false).multiply(Operation::output_layer, {{model_.output, logits_}});
     return logits_.leftCols(index(m));
   }
 
@@ -345,7 +472,9 @@ class Runner {
   RunnerOptions options_;
   nibble::Rope rope_;
   nibble::Workspace workspace_;
+  std::shared_ptr<const nibble::HadamardRotation> rotation_;  // of the residual stream
   nibble::QuantizedActivations quantized_;
+  nibble::OutlierActivations outliers_;
   Matrix x_;  // the residual stream
   Matrix normed_;
   Matrix query_;
@@ -355,6 +484,8 @@ class Runner {
   Matrix gate_;
   Matrix up_;
   Matrix logits_;
+  Matrix transformed_;               // an input rotated or reordered, if some layer wants that
+  Eigen::VectorXf ordered_;          // a token of it
   std::vector<Position> positions_;  // of the tokens in this forward pass
   std::vector<nibble::AttentionSpan> spans_;
 };

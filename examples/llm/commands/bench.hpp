@@ -27,14 +27,13 @@ inline void bench(const Common& c, const BenchArguments& a) {
   Common loading = c;
   loading.threads = *std::max_element(threads.begin(), threads.end());
   Session s(loading);
-  std::printf("%s on %s\n", c.model.c_str(), nibble::explain(s.model.layers[0].gate, 1).c_str());
+  std::printf("%s on %s\n", c.model.c_str(), nibble::explain(s.model.layers[0].gate.weights(), 1).c_str());
   std::vector<BenchResult> results;
   {
     Progress progress("bench", threads.size() * (options.repeats + 1 + options.batches.size()));
     for (const int t : threads) {
       nibble::ThreadPool pool(t);
-      results.push_back(
-          llm::bench(s.model, options, activations_of(c), kv_format_of(c), pool, [&] { progress.step(); }));
+      results.push_back(llm::bench(s.model, options, runner_options(c, s.model), pool, [&] { progress.step(); }));
     }
   }
   const std::size_t resident = resident_bytes();
@@ -43,8 +42,7 @@ inline void bench(const Common& c, const BenchArguments& a) {
   std::printf("%7s %12s %12s %10s %18s %18s\n", "threads", "prompt t/s", "decode t/s", "first s", "prompt GOP/s",
               "decode GB/s");
   nlohmann::json runs = nlohmann::json::array();
-  const bool integer =
-      activations_of(c) != nibble::Activations::fp32 && nibble::is_integer(s.model.layers[0].gate.format());
+  const bool integer = c.activations != "float" && nibble::is_integer(s.model.layers[0].gate.format());
   for (const BenchResult& r : results) {
     const double compute = integer ? r.limits.integer_gops : r.limits.float_gops;
     char gops[64], gbps[64];

@@ -16,6 +16,7 @@
 #include "../machine_limits.hpp"
 #include "../model.hpp"
 #include "../model_file.hpp"
+#include "../runner.hpp"
 #include "../tokenizer.hpp"
 #include "nibble/io/atomic_file.hpp"
 #include "nibble/nn/kv_cache.hpp"
@@ -28,18 +29,35 @@ struct Common {
   std::string model;
   std::string json;
   std::string activations = "auto";
+  float outlier_threshold = nibble::llm_int8_threshold;
   std::string kv = "fp16";
   int threads = 0;
 };
-
-inline nibble::Activations activations_of(const Common& c) {
-  return c.activations == "float" ? nibble::Activations::fp32 : nibble::Activations::automatic;
-}
 
 inline nibble::KvFormat kv_format_of(const Common& c) {
   return c.kv == "fp32"   ? nibble::KvFormat::fp32
          : c.kv == "int8" ? nibble::KvFormat::int8
                           : nibble::KvFormat::fp16;
+}
+
+/// What the arguments say of activations, keys and values. Throws InvalidArgument for static activations where the model
+/// has no scales for them.
+inline RunnerOptions runner_options(const Common& c, const Model& model) {
+  using nibble::Activations;
+  RunnerOptions options;
+  options.kv_format = kv_format_of(c);
+  if (c.activations == "float") options.activations = Activations::fp32;
+  if (c.activations == "int8") options.activations = Activations::int8_grouped;
+  if (c.activations == "int8-token" || c.activations == "llm-int8") options.activations = Activations::int8;
+  if (c.activations == "llm-int8") options.outlier_threshold = c.outlier_threshold;
+  if (c.activations != "int8-static") return options;
+  for (const Layer& l : model.layers)
+    for (const Linear* w : l.linears())
+      nibble::detail::require(
+          !nibble::is_integer(w->format()) || (w->extras() != nullptr && !w->extras()->activation_scales.empty()),
+          "--activations int8-static: '", c.model,
+          "' has no static scales (nibble quantize makes them from a calibration text)");
+  return options;
 }
 
 inline void write_file(const std::string& path, const std::string& text) {
@@ -121,9 +139,14 @@ inline void add_common(CLI::App* app, Common& c, bool runs) {
   if (!runs) return;
   app->add_option(
          "--activations", c.activations,
-         "float: exact products of the dequantized weights; int8: quantize activations where the weights are "
-         "integers; auto: int8 for them, float for the others")
-      ->check(CLI::IsMember({"auto", "float", "int8"}))
+         "What integer weights are multiplied with. float: exact products of the dequantized weights; int8: "
+         "codes, a "
+         "scale a token and 32 inputs; int8-token: a scale a token; int8-static: the file's scales; llm-int8: as "
+         "int8-token, but large activations stay floats; auto: as the file says, or else int8")
+      ->check(CLI::IsMember({"auto", "float", "int8", "int8-token", "int8-static", "llm-int8"}))
+      ->capture_default_str();
+  app->add_option("--outlier-threshold", c.outlier_threshold, "From where on activations are large, for llm-int8")
+      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app->add_option("--kv", c.kv, "How keys and values of the context are stored: fp32, fp16 or int8")
       ->check(CLI::IsMember({"fp32", "fp16", "int8"}))

@@ -80,10 +80,8 @@ inline void generate_all(const Common& c, const GenerateArguments& a) {
   std::istringstream lines(read_text(a.prompts));
   for (std::string line; std::getline(lines, line);) prompts.push_back(line);
   Session s(c);
-  RunnerOptions options;
+  RunnerOptions options = runner_options(c, s.model);
   options.context = 1;
-  options.activations = activations_of(c);
-  options.kv_format = kv_format_of(c);
   options.pool = s.workers();
   std::vector<BatchRequest> requests;
   for (const std::string& prompt : prompts) {
@@ -125,11 +123,9 @@ inline void generate(const Common& c, const GenerateArguments& a) {
   const double start = limits_detail::seconds_now();
   Session s(c);
   const std::vector<Token> prompt = prompt_tokens(*s.tokenizer, a, a.prompt);
-  RunnerOptions options;
+  RunnerOptions options = runner_options(c, s.model);
   options.context = prompt.size() + a.tokens;
   options.block = std::min<std::size_t>(options.block, prompt.size());
-  options.activations = activations_of(c);
-  options.kv_format = kv_format_of(c);
   options.pool = s.workers();
   warn_of_length(options.context, s.model.hparams.context);
   Runner runner(s.model, options);

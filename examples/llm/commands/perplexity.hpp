@@ -30,10 +30,8 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
   const std::size_t windows = a.windows == 0 ? available : a.windows;
   nibble::detail::require(windows <= available, "'", a.text, "' has ", tokens.size(), " tokens: ", available,
                           " windows of ", a.context, ", not ", windows);
-  RunnerOptions options;
+  RunnerOptions options = runner_options(c, s.model);
   options.context = a.context;
-  options.activations = activations_of(c);
-  options.kv_format = kv_format_of(c);
   options.pool = s.workers();
   Runner runner(s.model, options);
   const double start = limits_detail::seconds_now();

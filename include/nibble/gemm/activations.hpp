@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "nibble/core/fp_env.hpp"
 #include "nibble/core/thread_pool.hpp"
@@ -93,6 +94,50 @@ class QuantizedActivations {
       sum_groups(first, rows);
     };
     detail::for_tasks(pool, detail::ceil_div(view_.tokens, rows_a_task), task);
+  }
+
+  /// Quantizes x on fixed scales, from calibration: code = clamp(rne(x / scale), -127, 127). `scales` has one for each
+  /// `group_size` inputs, as assign()'s groups; group_size 0: one for all inputs. A token with a NaN or an Inf gets a
+  /// scale NaN. Throws InvalidArgument for a scale that is not positive, or another number of them.
+  void assign_static(const ConstMatrixRef& x, const float* scales, std::size_t count, std::size_t group_size = 0,
+                     ThreadPool* pool = nullptr, const detail::KernelTable& kernels = detail::kernels()) {
+    const auto inputs = static_cast<std::size_t>(x.rows());
+    detail::require(group_size % 16 == 0, "activation group_size is ", group_size, ", expected a multiple of 16");
+    const std::size_t groups = group_size == 0 ? 1 : detail::ceil_div(inputs, group_size);
+    detail::require(count == groups, "static scales are ", count, ", expected ", groups, " for ", inputs,
+                    " inputs in groups of ", group_size);
+    for (std::size_t g = 0; g < count; ++g)
+      detail::require(scales[g] > 0.0F && detail::scalar::is_finite(scales[g]), "static scales[", g, "] is ",
+                      scales[g], ", expected a positive number");
+    const detail::FpEnvironment environment;
+    resize(x.rows(), x.cols(), true, group_size);
+    const std::size_t x_stride = static_cast<std::size_t>(x.outerStride());
+    const std::size_t length = group_size == 0 ? inputs : group_size;
+    detail::for_tasks(pool, detail::ceil_div(view_.tokens, rows_a_task), [&](std::size_t t, std::size_t) {
+      const std::size_t first = t * rows_a_task;
+      const std::size_t rows = std::min(rows_a_task, view_.tokens - first);
+      for (std::size_t r = first; r < first + rows; ++r) {
+        const float* token = x.data() + r * x_stride;
+        std::int8_t* codes = codes_ + r * view_.stride;
+        std::memset(codes, 0, view_.stride);
+        zeros_[r] = 0.0F;
+        integer_zeros_[r] = 0;
+        const bool finite = inputs == 0 || kernels.line_range(token, inputs).finite;
+        for (std::size_t g = 0; g < groups; ++g) {
+          scales_[r * groups + g] = finite ? scales[g] : std::numeric_limits<float>::quiet_NaN();
+          detail::QuantizeLineArgs line;
+          line.x = token + g * length;
+          line.n = std::min(length, inputs - g * length);
+          line.scale = scales[g];
+          line.qmin = -127;
+          line.qmax = 127;
+          line.q = codes + g * length;
+          if (finite && line.n != 0) kernels.quantize_line(line);
+        }
+      }
+      kernels.block_sums(codes_ + first * view_.stride, rows * view_.stride, sums_ + first * view_.stride / 16);
+      sum_groups(first, rows);
+    });
   }
 
   /// Takes codes that a layer before has made: real = scale * (code - zero_point), one scale for all tokens.
