@@ -461,7 +461,7 @@ class GptqSweep {
       for (Eigen::Index k = 0; k < cols_; ++k)
         if (dead_[static_cast<std::size_t>(k)] != 0) h_(k, k) = 0.0F;
       const Eigen::MatrixXf e = target_ - grids_.decode(codes_, options_.pool);
-      result_.error = std::ldexp(quadratic_error(e, h_, options_.pool), -exponent_);
+      result_.error = std::ldexp(nibble::quadratic_error(e, h_, options_.pool), -exponent_);
     }
     return std::move(result_);
   }
