@@ -188,20 +188,35 @@ TEST(Awq, OwnLossAndRounding) {
   const AwqScales plain = awq_scales(scheme, {&w}, mean_abs_of(x), h);
   AwqOptions options;
   options.loss = [&](const std::vector<RowMajorMatrix>& effective) { return output_error(effective.at(0), w, h); };
-  options.rounding = [&](std::size_t i, const RowMajorMatrix& scaled) {
+  options.rounding = [&](std::size_t i, const RowMajorMatrix& scaled, const Eigen::VectorXf& scales) {
     EXPECT_EQ(i, 0U);
+    EXPECT_LE((scaled - w * scales.asDiagonal()).norm(), 1e-6F * scaled.norm());
     return rounded_to(scheme, scaled);
   };
   const AwqScales same = awq_scales(scheme, {&w}, mean_abs_of(x), Eigen::MatrixXf(), options);
   EXPECT_EQ(plain.losses, same.losses);
   EXPECT_EQ(plain.scales, same.scales);
+  // Clipping inside the search is the same as rounding to clipped ranges.
+  options = {};
+  options.clip = ClipOptions{};
+  const AwqScales clipped = awq_scales(scheme, {&w}, mean_abs_of(x), h, options);
+  EXPECT_LT(clipped.loss, plain.loss);
+  options.clip.reset();
+  options.rounding = [&](std::size_t, const RowMajorMatrix& scaled, const Eigen::VectorXf& scales) {
+    const WeightGrids grids = awq_clip(scheme, scaled, unscale_hessian(h, scales));
+    return grids.decode(grids.encode(scaled));
+  };
+  EXPECT_EQ(awq_scales(scheme, {&w}, mean_abs_of(x), h, options).losses, clipped.losses);
+  options = {};
   // A loss that likes the largest alpha.
   double calls = 0.0;
   options.loss = [&](const std::vector<RowMajorMatrix>&) { return -(calls += 1.0); };
   EXPECT_EQ(awq_scales(scheme, {&w}, mean_abs_of(x), h, options).alpha, 0.95);
   options.loss = [](const std::vector<RowMajorMatrix>&) { return std::nan(""); };
   EXPECT_THROW(awq_scales(scheme, {&w}, mean_abs_of(x), h, options), InvalidArgument);
-  options.rounding = [](std::size_t, const RowMajorMatrix&) { return RowMajorMatrix(1, 1); };
+  options.rounding = [](std::size_t, const RowMajorMatrix&, const Eigen::VectorXf&) {
+    return RowMajorMatrix(1, 1);
+  };
   EXPECT_THROW(awq_scales(scheme, {&w}, mean_abs_of(x), h, options), InvalidArgument);
 }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -23,151 +24,6 @@
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
-
-/// Rounds a matrix as the search is to judge it: gets the scaled weights, number i of the list, and gives their
-/// dequantized values.
-using WeightRounding = std::function<RowMajorMatrix(std::size_t i, const RowMajorMatrix& scaled)>;
-/// Loss of a choice: gets the weights that the float activations would meet, Q(W diag(s)) diag(1 / s) of every linear of
-/// the list, and gives what is to be small, e.g. the squared error of the block's output.
-using WeightLoss = std::function<double(const std::vector<RowMajorMatrix>& effective)>;
-
-struct AwqOptions {
-  int grid = 20;  ///< alphas 0, 1 / grid .. 1 - 1 / grid
-  /// Powers b of the weights: s = x^alpha / w^b is tried for all of them, where w is the mean over the rows of |W|
-  /// relative to the largest magnitude of its group. {0}: the paper. Empty: b = 1 - alpha ("duo scaling", AutoAWQ).
-  std::vector<double> weight_powers = {0.0};
-  HeadLayout heads{0, 0, 0};     ///< given for o: ties the scales of grouped queries
-  WeightRounding rounding = {};  ///< empty: to nearest, ranges from smallest and largest
-  WeightLoss loss = {};          ///< empty: output_error() with the Hessian, summed over the linears
-  ThreadPool* pool = nullptr;    ///< changes no bit
-};
-
-/// What awq_scales() found.
-struct AwqScales {
-  Eigen::VectorXf scales;     ///< K: weights are to be multiplied (scale_inputs), activations divided
-  Eigen::VectorXf kv_scales;  ///< one a kv channel, where AwqOptions::heads was given: for unscale_outputs(v, ...)
-  double alpha = 0.0;
-  double weight_power = 0.0;
-  double loss = 0.0;           ///< with these scales
-  double plain_loss = 0.0;     ///< with scales of 1
-  std::vector<double> losses;  ///< of each alpha and, for each, of each power
-};
-
-namespace detail {
-
-/// Mean over all rows of |w| / (largest magnitude of its group): K values in 0 .. 1. AutoAWQ's weight statistic.
-inline Eigen::VectorXd relative_magnitudes(const WeightList& weights, Eigen::Index group_size) {
-  const Eigen::Index inputs = shared_inputs(weights);
-  Eigen::VectorXd sum = Eigen::VectorXd::Zero(inputs);
-  double rows = 0.0;
-  for (const RowMajorMatrix* w : weights) {
-    rows += static_cast<double>(w->rows());
-    for (Eigen::Index r = 0; r < w->rows(); ++r)
-      for (Eigen::Index begin = 0; begin < inputs; begin += group_size) {
-        const Eigen::Index n = std::min(group_size, inputs - begin);
-        const auto group = w->row(r).segment(begin, n).cwiseAbs();
-        const double largest = static_cast<double>(group.maxCoeff()) + 1e-6;
-        for (Eigen::Index k = 0; k < n; ++k) sum[begin + k] += static_cast<double>(group[k]) / largest;
-      }
-  }
-  return sum / std::max(rows, 1.0);
-}
-
-/// x^alpha / w^power, no less than 1e-4, divided by sqrt(largest * smallest).
-inline Eigen::VectorXf awq_candidate(const Eigen::VectorXd& x, const Eigen::VectorXd& w, double alpha,
-                                     double power) {
-  Eigen::VectorXd s(x.size());
-  for (Eigen::Index k = 0; k < s.size(); ++k) {
-    s[k] = std::pow(x[k], alpha);
-    if (power != 0.0) s[k] /= std::pow(w[k], power) + 1e-4;
-    s[k] = std::max(s[k], 1e-4);
-  }
-  if (s.size() != 0) s /= std::sqrt(s.maxCoeff() * s.minCoeff());
-  return s.cast<float>();
-}
-
-}  // namespace detail
-
-/// Searches the scales s of the inputs that `weights` share: weights times s are rounded, activations are divided by s
-/// where they are made (unscale_norm, unscale_outputs). s = mean|x|^alpha, clamped at 1e-4, divided by
-/// sqrt(max s * min s); the alpha with the least loss is taken, the first of equals, so that no gain means alpha = 0.
-/// The loss is exact for all calibration tokens without a pass over them: tr(E H E^T), E = Q(W s) / s - W.
-/// @param scheme   any with scales, groups along the inputs or one a row
-/// @param mean_abs K values, the mean of |x| over the calibration tokens
-/// @param hessian  K x K, (2 / n) sum x x^T of them (any factor will do); not used where AwqOptions::loss is given
-/// Throws InvalidArgument: sizes that do not fit, values that are not finite, a negative mean.
-inline AwqScales awq_scales(const Scheme& scheme, const WeightList& weights,
-                            const Eigen::Ref<const Eigen::VectorXf>& mean_abs, const ConstMatrixRef& hessian,
-                            const AwqOptions& options = {}) {
-  const detail::FpEnvironment environment;
-  const Eigen::Index inputs = detail::shared_inputs(weights);
-  detail::require(mean_abs.size() == inputs, "mean_abs has ", mean_abs.size(), " elements, expected ", inputs);
-  detail::require(options.grid >= 1 && options.grid <= 10000, "grid is ", options.grid, ", expected 1 to 10000");
-  for (Eigen::Index k = 0; k < inputs; ++k)
-    detail::require(std::isfinite(mean_abs[k]) && mean_abs[k] >= 0.0F, "mean_abs[", k, "] is ", mean_abs[k],
-                    ", expected a finite number, not negative");
-  for (const double power : options.weight_powers)
-    detail::require(power >= 0.0 && power <= 1.0, "weight_powers has ", power, ", expected 0 to 1");
-  if (!options.loss) detail::check_hessian(hessian, inputs);
-  const Eigen::Index group_size = WeightGrids(scheme, 1, inputs).group_size();
-  const bool tied = options.heads.heads != 0;
-  const auto tie = [&](const Eigen::VectorXd& v) -> Eigen::VectorXd {
-    return tied ? mean_over_queries(v.cast<float>(), options.heads).cast<double>() : v;
-  };
-  const Eigen::VectorXd x = tie(mean_abs.cast<double>());
-  const Eigen::VectorXd w = tie(detail::relative_magnitudes(weights, group_size));
-
-  std::vector<RowMajorMatrix> effective(weights.size());
-  const auto loss_of = [&](const Eigen::VectorXf& s) {
-    double sum = 0.0;
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      const RowMajorMatrix& original = *weights[i];
-      RowMajorMatrix& q = effective[i];
-      q = original.array().rowwise() * s.transpose().array();
-      if (options.rounding) {
-        const RowMajorMatrix scaled = q;
-        q = options.rounding(i, scaled);
-        detail::require(q.rows() == original.rows() && q.cols() == inputs, "rounding gave a matrix of ", q.rows(),
-                        " x ", q.cols(), ", expected ", original.rows(), " x ", inputs);
-      } else {
-        detail::fake_quantize_in_place(scheme, q, options.pool);
-      }
-      q.array().rowwise() /= s.transpose().array();
-      if (options.loss || q.size() == 0) continue;
-      q -= original;
-      sum += detail::quadratic_error(q, hessian, options.pool);
-    }
-    const double loss = options.loss ? options.loss(effective) : sum;
-    detail::require(std::isfinite(loss), "the loss of AWQ's scales is ", loss, ", expected a finite number");
-    return loss;
-  };
-  const auto widen = [&](const Eigen::VectorXf& s) -> Eigen::VectorXf {
-    return tied ? expand_to_queries(s, options.heads) : s;
-  };
-
-  AwqScales best;
-  best.scales = Eigen::VectorXf::Ones(inputs);
-  if (tied) best.kv_scales = Eigen::VectorXf::Ones(x.size());
-  best.loss = best.plain_loss = loss_of(best.scales);
-  for (int i = 0; i < options.grid; ++i) {
-    const double alpha = static_cast<double>(i) / options.grid;
-    std::vector<double> powers = options.weight_powers;
-    if (powers.empty()) powers = {1.0 - alpha};
-    for (const double power : powers) {
-      const Eigen::VectorXf s = detail::awq_candidate(x, w, alpha, power);
-      const bool plain = alpha == 0.0 && power == 0.0;  // scales of 1
-      const double loss = plain ? best.plain_loss : loss_of(widen(s));
-      best.losses.push_back(loss);
-      if (!(loss < best.loss)) continue;
-      best.loss = loss;
-      best.alpha = alpha;
-      best.weight_power = power;
-      best.scales = widen(s);
-      if (tied) best.kv_scales = s;
-    }
-  }
-  return best;
-}
 
 /// Which errors of a group of inputs a clipped range is judged by.
 enum class ClipLoss : std::uint8_t {
@@ -346,6 +202,161 @@ inline WeightGrids awq_clip(const Scheme& scheme, const ConstWeightsRef& w, cons
     search.rows(first, std::min(at_once, w.rows() - first));
   });
   return grids;
+}
+
+/// Rounds a matrix as the search is to judge it: gets the weights, number i of the list, with their inputs multiplied by
+/// `scales`, and gives their dequantized values.
+using WeightRounding =
+    std::function<RowMajorMatrix(std::size_t i, const RowMajorMatrix& scaled, const Eigen::VectorXf& scales)>;
+/// Loss of a choice: gets the weights that the float activations would meet, Q(W diag(s)) diag(1 / s) of every linear of
+/// the list, and gives what is to be small, e.g. the squared error of the block's output.
+using WeightLoss = std::function<double(const std::vector<RowMajorMatrix>& effective)>;
+
+struct AwqOptions {
+  int grid = 20;  ///< alphas 0, 1 / grid .. 1 - 1 / grid
+  /// Powers b of the weights: s = x^alpha / w^b is tried for all of them, where w is the mean over the rows of |W|
+  /// relative to the largest magnitude of its group. {0}: the paper. Empty: b = 1 - alpha ("duo scaling", AutoAWQ).
+  std::vector<double> weight_powers = {0.0};
+  HeadLayout heads{0, 0, 0};  ///< given for o: ties the scales of grouped queries
+  /// Judge scales by what is left after awq_clip() with these options, which costs that much for every alpha; their pool
+  /// is this one. Empty: ranges from smallest and largest, as AWQ.
+  std::optional<ClipOptions> clip = {};
+  WeightRounding rounding = {};  ///< instead of both
+  WeightLoss loss = {};          ///< empty: output_error() with the Hessian, summed over the linears
+  ThreadPool* pool = nullptr;    ///< changes no bit
+};
+
+/// What awq_scales() found.
+struct AwqScales {
+  Eigen::VectorXf scales;     ///< K: weights are to be multiplied (scale_inputs), activations divided
+  Eigen::VectorXf kv_scales;  ///< one a kv channel, where AwqOptions::heads was given: for unscale_outputs(v, ...)
+  double alpha = 0.0;
+  double weight_power = 0.0;
+  double loss = 0.0;           ///< with these scales
+  double plain_loss = 0.0;     ///< with scales of 1
+  std::vector<double> losses;  ///< of each alpha and, for each, of each power
+};
+
+namespace detail {
+
+/// Mean over all rows of |w| / (largest magnitude of its group): K values in 0 .. 1. AutoAWQ's weight statistic.
+inline Eigen::VectorXd relative_magnitudes(const WeightList& weights, Eigen::Index group_size) {
+  const Eigen::Index inputs = shared_inputs(weights);
+  Eigen::VectorXd sum = Eigen::VectorXd::Zero(inputs);
+  double rows = 0.0;
+  for (const RowMajorMatrix* w : weights) {
+    rows += static_cast<double>(w->rows());
+    for (Eigen::Index r = 0; r < w->rows(); ++r)
+      for (Eigen::Index begin = 0; begin < inputs; begin += group_size) {
+        const Eigen::Index n = std::min(group_size, inputs - begin);
+        const auto group = w->row(r).segment(begin, n).cwiseAbs();
+        const double largest = static_cast<double>(group.maxCoeff()) + 1e-6;
+        for (Eigen::Index k = 0; k < n; ++k) sum[begin + k] += static_cast<double>(group[k]) / largest;
+      }
+  }
+  return sum / std::max(rows, 1.0);
+}
+
+/// x^alpha / w^power, no less than 1e-4, divided by sqrt(largest * smallest).
+inline Eigen::VectorXf awq_candidate(const Eigen::VectorXd& x, const Eigen::VectorXd& w, double alpha,
+                                     double power) {
+  Eigen::VectorXd s(x.size());
+  for (Eigen::Index k = 0; k < s.size(); ++k) {
+    s[k] = std::pow(x[k], alpha);
+    if (power != 0.0) s[k] /= std::pow(w[k], power) + 1e-4;
+    s[k] = std::max(s[k], 1e-4);
+  }
+  if (s.size() != 0) s /= std::sqrt(s.maxCoeff() * s.minCoeff());
+  return s.cast<float>();
+}
+
+}  // namespace detail
+
+/// Searches the scales s of the inputs that `weights` share: weights times s are rounded, activations are divided by s
+/// where they are made (unscale_norm, unscale_outputs). s = mean|x|^alpha, clamped at 1e-4, divided by
+/// sqrt(max s * min s); the alpha with the least loss is taken, the first of equals, so that no gain means alpha = 0.
+/// The loss is exact for all calibration tokens without a pass over them: tr(E H E^T), E = Q(W s) / s - W.
+/// @param scheme   any with scales, groups along the inputs or one a row
+/// @param mean_abs K values, the mean of |x| over the calibration tokens
+/// @param hessian  K x K, (2 / n) sum x x^T of them (any factor will do); not used where AwqOptions::loss is given and clip is not
+/// Throws InvalidArgument: sizes that do not fit, values that are not finite, a negative mean.
+inline AwqScales awq_scales(const Scheme& scheme, const WeightList& weights,
+                            const Eigen::Ref<const Eigen::VectorXf>& mean_abs, const ConstMatrixRef& hessian,
+                            const AwqOptions& options = {}) {
+  const detail::FpEnvironment environment;
+  const Eigen::Index inputs = detail::shared_inputs(weights);
+  detail::require(mean_abs.size() == inputs, "mean_abs has ", mean_abs.size(), " elements, expected ", inputs);
+  detail::require(options.grid >= 1 && options.grid <= 10000, "grid is ", options.grid, ", expected 1 to 10000");
+  for (Eigen::Index k = 0; k < inputs; ++k)
+    detail::require(std::isfinite(mean_abs[k]) && mean_abs[k] >= 0.0F, "mean_abs[", k, "] is ", mean_abs[k],
+                    ", expected a finite number, not negative");
+  for (const double power : options.weight_powers)
+    detail::require(power >= 0.0 && power <= 1.0, "weight_powers has ", power, ", expected 0 to 1");
+  if (!options.loss || options.clip) detail::check_hessian(hessian, inputs);
+  const Eigen::Index group_size = WeightGrids(scheme, 1, inputs).group_size();
+  const bool tied = options.heads.heads != 0;
+  const auto tie = [&](const Eigen::VectorXd& v) -> Eigen::VectorXd {
+    return tied ? mean_over_queries(v.cast<float>(), options.heads).cast<double>() : v;
+  };
+  const Eigen::VectorXd x = tie(mean_abs.cast<double>());
+  const Eigen::VectorXd w = tie(detail::relative_magnitudes(weights, group_size));
+
+  ClipOptions clip = options.clip.value_or(ClipOptions{});
+  clip.pool = options.pool;
+  std::vector<RowMajorMatrix> effective(weights.size());
+  const auto loss_of = [&](const Eigen::VectorXf& s) {
+    double sum = 0.0;
+    const Eigen::MatrixXf scaled_hessian = options.clip ? unscale_hessian(hessian, s) : Eigen::MatrixXf();
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const RowMajorMatrix& original = *weights[i];
+      RowMajorMatrix& q = effective[i];
+      q = original.array().rowwise() * s.transpose().array();
+      if (options.rounding) {
+        const RowMajorMatrix scaled = q;
+        q = options.rounding(i, scaled, s);
+        detail::require(q.rows() == original.rows() && q.cols() == inputs, "rounding gave a matrix of ", q.rows(),
+                        " x ", q.cols(), ", expected ", original.rows(), " x ", inputs);
+      } else if (options.clip) {
+        const WeightGrids grids = awq_clip(scheme, q, scaled_hessian, clip);
+        q = grids.decode(grids.encode(q, options.pool), options.pool);
+      } else {
+        detail::fake_quantize_in_place(scheme, q, options.pool);
+      }
+      q.array().rowwise() /= s.transpose().array();
+      if (options.loss || q.size() == 0) continue;
+      q -= original;
+      sum += detail::quadratic_error(q, hessian, options.pool);
+    }
+    const double loss = options.loss ? options.loss(effective) : sum;
+    detail::require(std::isfinite(loss), "the loss of AWQ's scales is ", loss, ", expected a finite number");
+    return loss;
+  };
+  const auto widen = [&](const Eigen::VectorXf& s) -> Eigen::VectorXf {
+    return tied ? expand_to_queries(s, options.heads) : s;
+  };
+
+  AwqScales best;
+  best.scales = Eigen::VectorXf::Ones(inputs);
+  if (tied) best.kv_scales = Eigen::VectorXf::Ones(x.size());
+  best.loss = best.plain_loss = loss_of(best.scales);
+  for (int i = 0; i < options.grid; ++i) {
+    const double alpha = static_cast<double>(i) / options.grid;
+    std::vector<double> powers = options.weight_powers;
+    if (powers.empty()) powers = {1.0 - alpha};
+    for (const double power : powers) {
+      const Eigen::VectorXf s = detail::awq_candidate(x, w, alpha, power);
+      const bool plain = alpha == 0.0 && power == 0.0;  // scales of 1
+      const double loss = plain ? best.plain_loss : loss_of(widen(s));
+      best.losses.push_back(loss);
+      if (!(loss < best.loss)) continue;
+      best.loss = loss;
+      best.alpha = alpha;
+      best.weight_power = power;
+      best.scales = widen(s);
+      if (tied) best.kv_scales = s;
+    }
+  }
+  return best;
 }
 
 }  // namespace NIBBLE_ABI
