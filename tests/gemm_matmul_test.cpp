@@ -44,7 +44,7 @@ struct Case {
 
 std::vector<Case> integer_cases() {
   std::vector<Case> cases;
-  for (Format f : {Format::int8, Format::int4})
+  for (Format f : {Format::int8, Format::int4, Format::int2, Format::int3, Format::int5, Format::int6})
     for (Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
       for (ScaleType t : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16}) {
         if (t != ScaleType::fp16) cases.push_back({scheme_of(f, s, Granularity::per_channel(0), t), "channel"});
@@ -95,7 +95,8 @@ TEST(Matmul, FloatActivationsEqualTheDequantizedProduct) {
     schemes.push_back(scheme_of(f, Symmetry::symmetric, Granularity::per_tensor()));
   for (const Case& c : integer_cases()) schemes.push_back(c.scheme);
   for (ScaleType t : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16})
-    schemes.push_back(scheme_of(Format::nf4, Symmetry::symmetric, Granularity::per_group(64), t));
+    for (Format f : {Format::nf4, Format::fp4})
+      schemes.push_back(scheme_of(f, Symmetry::symmetric, Granularity::per_group(64), t));
   schemes.push_back(scheme_of(Format::nf4, Symmetry::symmetric, Granularity::per_channel(0)));
   unsigned seed = 1;
   for (const Scheme& scheme : schemes)
@@ -194,6 +195,8 @@ TEST(Matmul, SameBitsForEveryThreadCountAndBatch) {
   for (const Scheme& scheme : {scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(32)),
                                scheme_of(Format::int8, Symmetry::symmetric, Granularity::per_channel(0)),
                                scheme_of(Format::nf4, Symmetry::symmetric, Granularity::per_group(64)),
+                               scheme_of(Format::int3, Symmetry::asymmetric, Granularity::per_group(64)),
+                               scheme_of(Format::int6, Symmetry::float_offset, Granularity::per_group(16)),
                                scheme_of(Format::fp32, Symmetry::symmetric, Granularity::per_tensor())}) {
     const PackedMatrix w = pack(random_quantized(scheme, 330, 200, 9));
     MatrixXf whole(n, m);
@@ -449,7 +452,7 @@ TEST(Matmul, GeluIsItsTanhForm) {
 }
 
 TEST(Matmul, NanAndInfStayInTheirToken) {
-  for (Format f : {Format::int8, Format::int4}) {
+  for (Format f : {Format::int8, Format::int4, Format::int2, Format::int5}) {
     const PackedMatrix w =
         pack(random_quantized(scheme_of(f, Symmetry::symmetric, Granularity::per_group(32)), 33, 70, 2));
     const MatrixXf clean = random_floats(70, 4, 3);
@@ -500,7 +503,10 @@ TEST(Matmul, BatchedProductsEqualSeparateOnes) {
   std::vector<MatrixXf> expected;
   std::vector<MatrixXf> ys;
   for (unsigned i = 0; i < 9; ++i) {
-    const Format format = i % 3 == 0 ? Format::fp32 : i % 3 == 1 ? Format::int4 : Format::nf4;
+    const Format format = i % 3 == 0   ? Format::fp32
+                          : i % 3 == 1 ? Format::int4
+                          : i == 2     ? Format::int3
+                                       : Format::nf4;
     ws.push_back(
         pack(random_quantized(scheme_of(format, Symmetry::symmetric, Granularity::per_group(16)), 10 + i, 20, i)));
     xs.push_back(random_floats(20, 1 + i, i));
@@ -524,6 +530,8 @@ TEST(Matmul, BatchedProductsEqualSeparateOnes) {
 TEST(Matmul, TransposedEqualsTheDequantizedProduct) {
   unsigned seed = 5;
   for (const Scheme& scheme : {scheme_of(Format::int4, Symmetry::asymmetric, Granularity::per_group(32)),
+                               scheme_of(Format::int3, Symmetry::asymmetric, Granularity::per_group(32)),
+                               scheme_of(Format::int5, Symmetry::float_offset, Granularity::per_group(32)),
                                scheme_of(Format::nf4, Symmetry::symmetric, Granularity::per_group(64)),
                                scheme_of(Format::bf16, Symmetry::symmetric, Granularity::per_tensor())})
     for (const auto& [n, k] : {std::pair<std::size_t, std::size_t>{1, 1}, {19, 40}, {300, 77}}) {

@@ -19,12 +19,13 @@ std::vector<Scheme> packable() {
   std::vector<Scheme> schemes;
   for (Format f : {Format::fp32, Format::fp16, Format::bf16})
     schemes.push_back(scheme_of(f, Symmetry::symmetric, Granularity::per_tensor()));
-  for (Format f : {Format::int8, Format::int4, Format::nf4})
+  for (Format f : {Format::int8, Format::int4, Format::nf4, Format::fp4, Format::int2, Format::int3, Format::int5,
+                   Format::int6})
     for (Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
       for (ScaleType t : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16})
         for (Granularity g : {Granularity::per_tensor(), Granularity::per_channel(0), Granularity::per_group(16),
                               Granularity::per_group(48), Granularity::per_group(256)})
-          if (f != Format::nf4 || s == Symmetry::symmetric) schemes.push_back(scheme_of(f, s, g, t));
+          if (!nibble::is_codebook(f) || s == Symmetry::symmetric) schemes.push_back(scheme_of(f, s, g, t));
   return schemes;
 }
 

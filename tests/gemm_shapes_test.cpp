@@ -45,6 +45,8 @@ std::vector<Scheme> schemes() {
   return {scheme_of(Format::int8, Symmetry::symmetric, Granularity::per_channel(0)),
           scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(32), ScaleType::fp16),
           scheme_of(Format::int4, Symmetry::asymmetric, Granularity::per_group(16)),
+          scheme_of(Format::int3, Symmetry::asymmetric, Granularity::per_group(64), ScaleType::fp16),
+          scheme_of(Format::int6, Symmetry::symmetric, Granularity::per_channel(0)),
           scheme_of(Format::fp16, Symmetry::symmetric, Granularity::per_tensor()),
           scheme_of(Format::bf16, Symmetry::symmetric, Granularity::per_tensor())};
 }
@@ -84,10 +86,10 @@ TEST(Shapes, PrimesBeyond) {
 }
 
 TEST(Shapes, EveryZeroPoint) {
-  for (Format format : {Format::int4, Format::int8}) {
+  for (Format format : {Format::int4, Format::int8, Format::int2, Format::int3, Format::int5, Format::int6}) {
     const Scheme scheme = scheme_of(format, Symmetry::asymmetric, Granularity::per_channel(0));
-    const int lowest = format == Format::int4 ? 0 : -128;
-    const int highest = format == Format::int4 ? 15 : 127;
+    const int lowest = nibble::detail::code_range(scheme).min;
+    const int highest = nibble::detail::code_range(scheme).max;
     const auto n = static_cast<std::size_t>(highest - lowest + 1);
     const QuantizedTensor drawn = random_quantized(scheme, n, 50, 3);
     Buffer zeros(n);

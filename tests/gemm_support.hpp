@@ -43,12 +43,12 @@ inline void put_param(Buffer& buffer, ScaleType type, std::size_t i, float value
 inline QuantizedTensor random_quantized(const Scheme& scheme, std::size_t n, std::size_t k, unsigned seed) {
   std::mt19937 rng(seed);
   const std::size_t bits = nibble::bits_of(scheme.format);
-  const std::size_t line = bits == 4 ? (k + 1) / 2 : k * bits / 8;
+  const std::size_t line = (k * bits + 7) / 8;
   Buffer codes(n * line);
   for (std::size_t i = 0; i < n * line; ++i) codes.mutable_data()[i] = static_cast<std::uint8_t>(rng());
   for (std::size_t r = 0; r < n; ++r) {
     std::uint8_t* row = codes.mutable_data() + r * line;
-    if (bits == 4 && k % 2 != 0) row[line - 1] &= 15;
+    if (k * bits % 8 != 0) row[line - 1] &= static_cast<std::uint8_t>((1U << (k * bits % 8)) - 1U);
     for (std::size_t i = 0; i < k; ++i) {
       // Floats are drawn as values: random bits would be NaN now and then.
       const float value = std::ldexp(static_cast<float>(static_cast<int>(rng() % 2001) - 1000), -10);
@@ -74,7 +74,7 @@ inline QuantizedTensor random_quantized(const Scheme& scheme, std::size_t n, std
   for (std::size_t i = 0; i < params; ++i) {
     put_param(scales, scheme.scale_type, i, rng() % 8 == 0 ? -scale(rng) : scale(rng));
     if (scheme.symmetry == Symmetry::asymmetric)
-      zeros.mutable_data()[i] = static_cast<std::uint8_t>(scheme.format == Format::int4 ? rng() % 16 : rng());
+      zeros.mutable_data()[i] = static_cast<std::uint8_t>(rng() % (1U << bits));
     if (scheme.symmetry == Symmetry::float_offset) put_param(zeros, scheme.scale_type, i, scale(rng) - 0.01F);
   }
   return QuantizedTensor::from_parts(scheme, {n, k}, codes, scales, zeros);

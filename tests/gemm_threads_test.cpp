@@ -158,7 +158,7 @@ TEST(Threads, AChildAfterForkWorksAlone) {
 TEST(Threads, TheHotPathAllocatesNothing) {
   ThreadPool pool(2);
   nibble::Workspace workspace;
-  for (Format f : {Format::int4, Format::int8, Format::fp16, Format::nf4}) {
+  for (Format f : {Format::int4, Format::int8, Format::fp16, Format::nf4, Format::int3, Format::int6}) {
     const PackedMatrix w =
         pack(random_quantized(scheme_of(f, Symmetry::symmetric, Granularity::per_group(32)), 200, 160, 1));
     for (Eigen::Index m : {1, 3, 40}) {

@@ -41,12 +41,13 @@ std::vector<Scheme> schemes() {
   using G = Granularity;
   for (const Format f : {Format::fp32, Format::fp16, Format::bf16})
     all.push_back({f, Symmetry::symmetric, {}, {}, false});
-  for (const Format f : {Format::int8, Format::int4})
+  for (const Format f : {Format::int8, Format::int4, Format::int2, Format::int3, Format::int5, Format::int6})
     for (const Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
       for (const ScaleType t : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16})
         for (const G g : {G::per_tensor(), G::per_channel(0), G::per_group(32), G::per_group(48)})
           all.push_back({f, s, g, t, s == Symmetry::symmetric && g.kind == G::Kind::per_channel});
-  all.push_back({Format::nf4, Symmetry::symmetric, G::per_group(64), ScaleType::fp16, false});
+  for (const Format f : {Format::nf4, Format::fp4})
+    all.push_back({f, Symmetry::symmetric, G::per_group(64), ScaleType::fp16, false});
   return all;
 }
 
@@ -409,10 +410,13 @@ TEST(PackedFile, RefusesParametersThatAreNoNumbers) {
     Bytes value;
   };
   const Scheme symmetric{Format::int4, Symmetry::symmetric, Granularity::per_group(32), ScaleType::fp32, false};
+  const Scheme int3{Format::int3, Symmetry::asymmetric, Granularity::per_group(32), ScaleType::fp16, false};
+  const Scheme int6{Format::int6, Symmetry::asymmetric, Granularity::per_group(32), ScaleType::fp16, false};
   const Scheme offset{Format::int8, Symmetry::float_offset, Granularity::per_group(32), ScaleType::fp16, false};
   for (const Case& c :
        {Case{int4_asymmetric, "w.scales", {0x00, 0x7C}}, Case{int4_asymmetric, "w.scales", {0x01, 0xFC}},
-        Case{int4_asymmetric, "w.zeros", {16}}, Case{int4_asymmetric, "w.zeros", {0xFF}},
+        Case{int4_asymmetric, "w.zeros", {16}}, Case{int3, "w.zeros", {8}}, Case{int6, "w.zeros", {64}},
+        Case{int3, "w.scales", {0x00, 0x7C}}, Case{int4_asymmetric, "w.zeros", {0xFF}},
         Case{symmetric, "w.scales", {0x00, 0x00, 0xC0, 0x7F}}, Case{offset, "w.zeros", {0x00, 0xFC}},
         Case{symmetric, "w.channel_sums", {0x00, 0x00, 0x80, 0x7F}}}) {
     const Parts parts = small_file(c.scheme);

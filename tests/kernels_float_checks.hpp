@@ -127,10 +127,10 @@ inline std::vector<WeightKind> weight_kinds() {
                                    {Format::fp16, Symmetry::symmetric, ScaleType::fp32},
                                    {Format::bf16, Symmetry::symmetric, ScaleType::fp32}};
   for (ScaleType scale : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16}) {
-    for (Format format : {Format::int8, Format::int4})
+    for (Format format : {Format::int8, Format::int4, Format::int2, Format::int3, Format::int5, Format::int6})
       for (Symmetry symmetry : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
         kinds.push_back({format, symmetry, scale});
-    kinds.push_back({Format::nf4, Symmetry::symmetric, scale});
+    for (Format format : {Format::nf4, Format::fp4}) kinds.push_back({format, Symmetry::symmetric, scale});
   }
   return kinds;
 }
@@ -141,7 +141,7 @@ class Weights {
  public:
   Weights(WeightKind kind, std::size_t n, std::size_t k, std::size_t group, Random& random)
       : panels_((n + 15) / 16),
-        k_padded_((k + 7) / 8 * 8),
+        k_padded_((k + k_unit_of(kind.format) - 1) / k_unit_of(kind.format) * k_unit_of(kind.format)),
         group_(group == 0 || group > k_padded_ ? (k_padded_ == 0 ? 8 : k_padded_) : group),
         groups_(k == 0 ? 0 : (k_padded_ + group_ - 1) / group_),
         panel_bytes_(16 * k_padded_ * bits_of(kind.format) / 8),
@@ -168,8 +168,7 @@ class Weights {
     for (std::size_t i = 0; i < panels_ * groups_ * 16; ++i) {
       write(scales_.bytes(), kind.scale_type, i, random.below(32) == 0 ? 1e-39F : 0.1F * random.normal());
       if (integer_zeros)
-        zeros_.bytes()[i] =
-            static_cast<unsigned char>(kind.format == Format::int4 ? random.below(16) : random.below(256));
+        zeros_.bytes()[i] = static_cast<unsigned char>(random.below(std::size_t{1} << bits_of(kind.format)));
       else
         write(zeros_.bytes(), kind.scale_type, i, random.normal());
     }
@@ -188,7 +187,7 @@ class Weights {
       view.scales = scales_.bytes();
       if (kind.symmetry != Symmetry::symmetric) view.zeros = zeros_.bytes();
     }
-    if (kind.format == Format::nf4) view.codebook = levels_;
+    if (is_codebook(kind.format)) view.codebook = levels_;
   }
 
   std::size_t panels() const { return panels_; }

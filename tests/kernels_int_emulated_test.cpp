@@ -23,6 +23,7 @@ namespace detail::emulated512 {
 #include "nibble/kernels/avx512vnni/int_tiles.inl"
 #include "nibble/kernels/avx512vnni/w4a8.inl"
 #include "nibble/kernels/avx512vnni/w8a8.inl"
+#include "nibble/kernels/avx512vnni/wba8.inl"
 // clang-format on
 
 }  // namespace detail::emulated512
@@ -64,22 +65,25 @@ using nibble_test::Shape;
 
 using Kernel = void (*)(const nibble::detail::IntGemmArgs&) noexcept;
 
-void expect_scalar_over_shapes(Kernel w8a8, Kernel w4a8) {
+void expect_scalar_over_shapes(Kernel w8a8, Kernel w4a8, Kernel bits = nullptr) {
   std::size_t checked = 0;
   nibble_test::for_each_shape([&](const Shape& shape) {
     if (testing::Test::HasFailure()) return;
     const Problem problem(shape, static_cast<std::uint32_t>(checked));
-    const bool eight = shape.format == Format::int8;
-    const Kernel kernel = eight ? w8a8 : w4a8;
-    const auto oracle = eight ? nibble::detail::scalar::table.gemm_w8a8 : nibble::detail::scalar::table.gemm_w4a8;
-    ASSERT_TRUE(problem.run(kernel) == problem.run(oracle)) << shape.name();
+    nibble::detail::KernelTable table = nibble::detail::scalar::table;
+    table.gemm_w8a8 = w8a8;
+    table.gemm_w4a8 = w4a8;
+    table.gemm_bits = bits;
+    table.gemm_bits_rows = bits == nullptr ? 0 : 1;
+    ASSERT_TRUE(problem.run(table) == problem.run(nibble::detail::scalar::table)) << shape.name();
     ++checked;
   });
   EXPECT_GT(checked, 1000U);
 }
 
 TEST(KernelsIntEmulated, Avx512EqualsScalarOverShapes) {
-  expect_scalar_over_shapes(&nibble::detail::emulated512::gemm_w8a8, &nibble::detail::emulated512::gemm_w4a8);
+  expect_scalar_over_shapes(&nibble::detail::emulated512::gemm_w8a8, &nibble::detail::emulated512::gemm_w4a8,
+                            &nibble::detail::emulated512::gemm_bits);
 }
 TEST(KernelsIntEmulated, AvxVnniEqualsScalarOverShapes) {
   expect_scalar_over_shapes(&nibble::detail::emulated_avxvnni::gemm_w8a8,
@@ -97,12 +101,12 @@ TEST(KernelsIntEmulated, AmxTilesEqualScalar) {
   const auto check = [&](Shape shape) {
     if (testing::Test::HasFailure()) return;
     const Problem problem(shape, static_cast<std::uint32_t>(++turn));
-    const bool eight = shape.format == Format::int8;
-    const Kernel kernel =
-        eight ? &nibble::detail::emulated_amx::gemm_w8a8 : &nibble::detail::emulated_amx::gemm_w4a8;
-    const auto oracle = eight ? nibble::detail::scalar::table.gemm_w8a8 : nibble::detail::scalar::table.gemm_w4a8;
+    nibble::detail::KernelTable table = nibble::detail::scalar::table;
+    table.gemm_w8a8 = &nibble::detail::emulated_amx::gemm_w8a8;
+    table.gemm_w4a8 = &nibble::detail::emulated_amx::gemm_w4a8;
+    table.gemm_bits_rows = 0;
     const std::size_t dots = Tiles::dots;
-    ASSERT_TRUE(problem.run(kernel) == problem.run(oracle)) << shape.name();
+    ASSERT_TRUE(problem.run(table) == problem.run(nibble::detail::scalar::table)) << shape.name();
     ASSERT_GT(Tiles::dots, dots) << shape.name();
   };
   nibble_test::for_each_variant(Shape{}, [&](Shape s) {

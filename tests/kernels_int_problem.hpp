@@ -15,6 +15,7 @@
 
 #include "nibble/core/fp_env.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/gemm/expand.hpp"
 #include "nibble/kernels/args.hpp"
 
 namespace nibble_test {
@@ -82,7 +83,7 @@ class Problem {
   explicit Problem(const Shape& shape, std::uint32_t seed = 1)
       : shape_(shape),
         channels_(shape.panels * 16),
-        k_padded_((shape.k + 7) / 8 * 8),
+        k_padded_((shape.k + unit() - 1) / unit() * unit()),
         group_size_(shape.group_size == 0 ? k_padded_ : shape.group_size),
         groups_((shape.k + group_size_ - 1) / group_size_),
         scale_groups_(((groups_ - 1) >> shape.group_shift) + 1),
@@ -133,6 +134,22 @@ class Problem {
   /// Bytes of a result, which ends with the last row's last lane.
   std::size_t out_bytes() const { return ((shape_.rows - 1) * acc_stride() + acc_stride() - shape_.acc_pad) * 4; }
 
+  nibble::Format format() const { return shape_.format; }
+
+  /// Runs a table's kernel for the format: its own, or the wider format's on expanded codes.
+  std::vector<std::uint8_t> run(const nibble::detail::KernelTable& table) const {
+    if (!nibble::is_bit_stream(shape_.format)) return run(nibble::detail::int_kernel(table, shape_.format));
+    if (!nibble::detail::needs_expansion(table, shape_.format, shape_.rows)) return run(table.gemm_bits);
+    GuardedBytes out(out_bytes());
+    std::memset(out.data(), 0xA5, out.size());
+    const nibble::detail::IntGemmArgs a = args(out.data());
+    GuardedBytes room((a.panel_end - a.panel_begin) * nibble::detail::expanded_panel_bytes(a.w));
+    nibble::detail::expand_panels(table, a.w, a.panel_begin, a.panel_end, room.data());
+    const nibble::detail::IntGemmArgs e = nibble::detail::on_expanded(a, room.data());
+    nibble::detail::int_kernel(table, e.w.format)(e);
+    return std::vector<std::uint8_t>(out.data(), out.data() + out.size());
+  }
+
   /// Runs one kernel into a buffer that is filled with a pattern first and ends at a guard page.
   std::vector<std::uint8_t> run(void (*kernel)(const nibble::detail::IntGemmArgs&) noexcept) const {
     GuardedBytes out(out_bytes());
@@ -150,7 +167,7 @@ class Problem {
         float acc = 0.0F;
         for (std::size_t g = 0; g < groups_; ++g) {
           const std::size_t sg = g >> shape_.group_shift;
-          std::int64_t zero = shape_.format == nibble::Format::int4 ? 8 : 0;
+          std::int64_t zero = nibble::symmetric_zero_of(shape_.format);
           if (shape_.symmetry == nibble::Symmetry::asymmetric) zero = zero_[c * scale_groups_ + sg];
           if (shape_.symmetry == nibble::Symmetry::float_offset) zero = 0;
           std::int64_t d = 0;
@@ -199,11 +216,34 @@ class Problem {
     return nibble::float_from_fp16(half);
   }
 
+  std::size_t unit() const { return nibble::is_bit_stream(shape_.format) ? 16 : 8; }
+
+  /// args.hpp's planes, bit by bit: k = 4 m + j of lane l.
+  static void put_bits(std::uint8_t* unit, unsigned bits, std::size_t l, std::size_t k, unsigned code) {
+    const std::size_t m = k / 4;
+    const std::size_t j = k % 4;
+    const auto set = [&](std::size_t byte, std::size_t bit, unsigned from) {
+      if ((code >> from & 1U) != 0) unit[byte] = static_cast<std::uint8_t>(unit[byte] | 1U << bit);
+    };
+    std::size_t plane = 0;
+    unsigned done = 0;
+    if (bits > 4) {
+      for (; done < 4; ++done) set(m / 2 * 64 + l * 4 + j, m % 2 * 4 + done, done);
+      plane = 128;
+    }
+    if (bits != 5) {
+      for (unsigned i = 0; i < 2; ++i, ++done) set(plane + l * 4 + j, 2 * m + i, done);
+      plane += 64;
+    }
+    if (done < bits) set(plane + l % 8 * 4 + j, m + l / 8 * 4, done);
+  }
+
   void fill(std::uint32_t seed) {
     std::mt19937 rng(seed);
     const bool four = shape_.format == nibble::Format::int4;
-    const int q_lo = four ? 0 : -128;
-    const int q_hi = four ? 15 : 127;
+    const unsigned bits = nibble::bits_of(shape_.format);
+    const int q_lo = bits == 8 ? -128 : 0;
+    const int q_hi = q_lo + (1 << bits) - 1;
     const auto draw = [&](int lo, int hi) {
       return lo + static_cast<int>(rng() % static_cast<unsigned>(hi - lo + 1));
     };
@@ -234,7 +274,9 @@ class Problem {
       for (std::size_t k = 0; k < shape_.k; ++k) {
         std::uint8_t* panel = codes_.data() + c / 16 * panel_bytes_;
         const int q = q_[c * shape_.k + k];
-        if (four) {
+        if (nibble::is_bit_stream(shape_.format)) {
+          put_bits(panel + k / 16 * 32 * bits, bits, c % 16, k % 16, static_cast<unsigned>(q));
+        } else if (four) {
           std::uint8_t& byte = panel[(k / 8 * 16 + c % 16) * 4 + k % 4];
           byte = static_cast<std::uint8_t>(byte | (k % 8 < 4 ? q : q << 4));
         } else {
@@ -294,10 +336,15 @@ class Problem {
   GuardedBytes x_scales_;
 };
 
-/// Calls f(shape) for both formats and all that a product can be besides its sizes.
+/// The integer formats.
+inline constexpr nibble::Format integer_formats[] = {nibble::Format::int8, nibble::Format::int4,
+                                                     nibble::Format::int2, nibble::Format::int3,
+                                                     nibble::Format::int5, nibble::Format::int6};
+
+/// Calls f(shape) for all formats and all that a product can be besides its sizes.
 template <class F>
 void for_each_variant(Shape shape, const F& f) {
-  for (nibble::Format format : {nibble::Format::int8, nibble::Format::int4})
+  for (nibble::Format format : integer_formats)
     for (nibble::Symmetry symmetry :
          {nibble::Symmetry::symmetric, nibble::Symmetry::asymmetric, nibble::Symmetry::float_offset})
       for (nibble::ScaleType type : {nibble::ScaleType::fp32, nibble::ScaleType::fp16})
@@ -365,7 +412,7 @@ void for_each_shape(const F& check) {
   });
 
   // Raw int32.
-  for (nibble::Format format : {nibble::Format::int8, nibble::Format::int4})
+  for (nibble::Format format : integer_formats)
     for (nibble::Symmetry symmetry : {nibble::Symmetry::symmetric, nibble::Symmetry::asymmetric})
       for (std::size_t rows : {1U, 2U, 3U, 4U, 7U, 12U, 65U}) {
         Shape s;

@@ -32,7 +32,7 @@ TEST(KernelsIntScalar, EqualsInt64Reference) {
     const Problem problem(shape);
     std::vector<std::uint8_t> expected;
     ASSERT_TRUE(problem.naive(&expected)) << shape.name();
-    ASSERT_TRUE(problem.run(kernel_of(scalar(), shape.format)) == expected) << shape.name();
+    ASSERT_TRUE(problem.run(scalar()) == expected) << shape.name();
     ++checked;
   });
   EXPECT_GT(checked, 1000U);
@@ -47,8 +47,7 @@ class KernelsInt : public testing::TestWithParam<Isa> {
   void expect_equal(const Shape& shape, std::uint32_t seed = 1) const {
     if (HasFailure()) return;
     const Problem problem(shape, seed);
-    ASSERT_TRUE(problem.run(kernel_of(table(), shape.format)) == problem.run(kernel_of(scalar(), shape.format)))
-        << shape.name();
+    ASSERT_TRUE(problem.run(table()) == problem.run(scalar())) << shape.name();
   }
 };
 
@@ -104,6 +103,28 @@ TEST_P(KernelsInt, LongestGroup) {
           shape.raw = true;
           expect_equal(shape);
         }
+}
+
+// Codes of 2, 3, 5 and 6 bits as nibbles and bytes.
+TEST_P(KernelsInt, Expand) {
+  for (Format format : {Format::int2, Format::int3, Format::int5, Format::int6})
+    for (Symmetry symmetry : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
+      for (std::size_t k : {1U, 16U, 17U, 75U}) {
+        Shape shape;
+        shape.format = format;
+        shape.symmetry = symmetry;
+        shape.panels = 3;
+        shape.k = k;
+        const Problem problem(shape);
+        const nibble::detail::PanelView w = problem.args(nullptr).w;
+        const std::size_t bytes = nibble::detail::expanded_panel_bytes(w);
+        const auto run = [&](const KernelTable& t) {
+          nibble_test::GuardedBytes room(2 * bytes);
+          nibble::detail::expand_panels(t, w, 1, 3, room.data());
+          return std::vector<std::uint8_t>(room.data(), room.data() + room.size());
+        };
+        EXPECT_EQ(run(table()), run(scalar())) << nibble::name_of(format) << " k " << k;
+      }
 }
 
 TEST_P(KernelsInt, NothingToDo) {

@@ -26,7 +26,7 @@ std::vector<Scheme> schemes() {
                              {Format::bf16, Symmetry::symmetric, {}, ScaleType::fp32, false}};
   for (const Granularity& g : {Granularity::per_tensor(), Granularity::per_channel(0), Granularity::per_channel(1),
                                Granularity::per_group(32), Granularity::per_group(64, 0)})
-    for (const Format f : {Format::int8, Format::int4, Format::nf4, Format::fp4})
+    for (const Format f : {Format::int8, Format::int4, Format::nf4, Format::int3, Format::int6, Format::fp4})
       for (const Symmetry s : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
         if (!nibble::is_codebook(f) || s == Symmetry::symmetric) all.push_back({f, s, g, ScaleType::fp16, false});
   return all;

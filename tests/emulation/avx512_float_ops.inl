@@ -81,6 +81,10 @@ NIBBLE_EMULATED void store(float* p, Vf v) noexcept { store_n(p, v, 16); }
 NIBBLE_EMULATED Vi load_int(const void* p) noexcept {
   return each_int([&](int i) { return element<std::int32_t>(p, i); });
 }
+NIBBLE_EMULATED Vi load_top_bits(const std::uint8_t* p, int) noexcept {
+  return each_int([&](int i) { return element<std::uint32_t>(p, i % 8) >> (i / 8 * 4); });
+}
+NIBBLE_EMULATED void store_words(void* p, Vi v) noexcept { std::memcpy(p, v.v, sizeof v.v); }
 NIBBLE_EMULATED Vf load_fp16_n(const void* p, std::size_t n) noexcept {
   return each([&](int i) { return i < count_of(n) ? float_from_fp16(element<std::uint16_t>(p, i)) : 0.0F; });
 }

@@ -74,6 +74,30 @@ NIBBLE_EMULATED Int low_nibbles(Int a) noexcept {
 NIBBLE_EMULATED Int high_nibbles(Int a) noexcept {
   return each_byte(a, [](unsigned b) { return b >> 4; });
 }
+template <int N>
+NIBBLE_EMULATED Int shift_right_bits(Int a) noexcept {
+  return each<Int>([&](int i) { return wrap(bits(a.lane[i]) >> N); });
+}
+template <int N>
+NIBBLE_EMULATED Int shift_left_bits(Int a) noexcept {
+  return each<Int>([&](int i) { return wrap(bits(a.lane[i]) << N); });
+}
+template <int Byte>
+NIBBLE_EMULATED Int and_bytes(Int a) noexcept {
+  return each_byte(a, [](unsigned b) { return b & static_cast<unsigned>(Byte); });
+}
+template <int Byte>
+NIBBLE_EMULATED Int select_bytes(Int a, Int b) noexcept {
+  constexpr std::uint32_t mask = 0x01010101U * static_cast<std::uint32_t>(Byte);
+  return each<Int>([&](int i) { return wrap((bits(a.lane[i]) & mask) | (bits(b.lane[i]) & ~mask)); });
+}
+NIBBLE_EMULATED Int load_top_bits(const std::uint8_t* p) noexcept {
+  return each<Int>([&](int i) {
+    std::uint32_t v;
+    std::memcpy(&v, p + i % 8 * 4, 4);
+    return wrap(v >> (i / 8 * 4));
+  });
+}
 NIBBLE_EMULATED void dot(Int& acc, Int u8, Int s8) noexcept {
   std::uint8_t u[64];
   std::int8_t s[64];

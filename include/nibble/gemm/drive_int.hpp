@@ -9,6 +9,7 @@
 
 #include "nibble/gemm/activations.hpp"
 #include "nibble/gemm/epilogue.hpp"
+#include "nibble/gemm/expand.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
 #include "nibble/core/thread_pool.hpp"
 #include "nibble/gemm/workspace.hpp"
@@ -89,7 +90,11 @@ class IntJob {
     const std::size_t panels = w.panels();
     block_ = std::min(x.tokens, max_block);
     // A tile of accumulators fits the L1 cache beside what feeds it.
-    const std::size_t widest = std::max<std::size_t>(kernels.int_panels, tile_floats / (block_ * panel_width));
+    std::size_t widest = std::max<std::size_t>(kernels.int_panels, tile_floats / (block_ * panel_width));
+    // What is expanded stays in the second-level cache for all the tokens of a task.
+    expands_ = view_.groups != 0 && needs_expansion(kernels, view_.format, block_);
+    if (expands_)
+      widest = std::clamp<std::size_t>(expanded_bytes / expanded_panel_bytes(view_), kernels.int_panels, widest);
     const std::size_t rounds = ceil_div(panels, widest * threads);
     chunk_ = ceil_div(panels, rounds * threads);
     if (chunk_ > kernels.int_panels) chunk_ = std::min(round_up(chunk_, kernels.int_panels), widest);
@@ -103,8 +108,10 @@ class IntJob {
   }
 
   std::size_t tasks() const noexcept { return panel_tasks_ * token_tasks_; }
-  /// Floats of scratch that a task needs for itself.
-  std::size_t tile_size() const noexcept { return block_ * chunk_ * panel_width; }
+  /// Floats of scratch that a task needs for itself: a tile of sums, then panels that are expanded.
+  std::size_t tile_size() const noexcept {
+    return sums_tile() + (expands_ ? chunk_ * expanded_panel_bytes(view_) / sizeof(float) : 0);
+  }
   /// int32 that the group sums take, shared by all tasks; 0 where the activations bring them.
   std::size_t sums_size() const noexcept { return brings_sums() ? 0 : x_.tokens * view_.groups; }
 
@@ -137,6 +144,8 @@ class IntJob {
     const std::size_t token_end = std::min(token_begin + tokens_a_task_, x_.tokens);
     const std::size_t channel = panel_begin * panel_width;
     const std::size_t channels = std::min(panel_end * panel_width, view_.n) - channel;
+    auto* const room = reinterpret_cast<std::uint8_t*>(tile + sums_tile());
+    if (expands_) expand_panels(*kernels_, view_, panel_begin, panel_end, room);
     for (std::size_t t = token_begin; t < token_end; t += block_) {
       IntGemmArgs args;
       args.w = view_;
@@ -157,10 +166,12 @@ class IntJob {
       if (view_.groups == 0)  // k is 0: the sums are empty
         for (std::size_t r = 0; r < args.rows; ++r)
           std::memset(args.acc + r * args.acc_stride, 0, (panel_end - panel_begin) * panel_width * sizeof(float));
-      else if (view_.format == Format::int8)
-        kernels_->gemm_w8a8(args);
+      else if (expands_)
+        int_kernel(*kernels_, expanded_format(view_.format))(on_expanded(args, room));
+      else if (is_bit_stream(view_.format))
+        kernels_->gemm_bits(args);
       else
-        kernels_->gemm_w4a8(args);
+        int_kernel(*kernels_, view_.format)(args);
       if (direct) continue;
       if (out_.raw != nullptr) {
         for (std::size_t r = 0; r < args.rows; ++r)
@@ -175,10 +186,12 @@ class IntJob {
   }
 
  private:
+  std::size_t sums_tile() const noexcept { return round_up(block_ * chunk_ * panel_width, 16); }
   bool brings_sums() const noexcept { return view_.group_size == x_.sum_group; }
 
   static constexpr std::size_t max_block = 64;
   static constexpr std::size_t tile_floats = 8192;
+  static constexpr std::size_t expanded_bytes = 262144;
 
   const KernelTable* kernels_ = nullptr;
   const PackedMatrix* w_ = nullptr;
@@ -189,6 +202,7 @@ class IntJob {
   const std::int32_t* sums_ = nullptr;
   unsigned group_shift_ = 0;
   bool finished_ = false;  // the kernel's sums are the outputs
+  bool expands_ = false;   // the weights' codes first
   std::size_t block_ = 0;
   std::size_t chunk_ = 0;
   std::size_t panel_tasks_ = 0;

@@ -16,8 +16,13 @@ inline std::string explain(const PackedMatrix& w, Eigen::Index tokens, const Mat
   const Activations kind = detail::activations_for(w, options.activations);
   const bool integers = kind != Activations::fp32 && kind != Activations::bf16;
   std::string kernel;
+  const auto int_name = [](Format f) { return std::string(f == Format::int8 ? "gemm_w8a8" : "gemm_w4a8"); };
   if (integers)
-    kernel = w.format() == Format::int8 ? "gemm_w8a8" : "gemm_w4a8";
+    kernel = !is_bit_stream(w.format()) ? int_name(w.format())
+             : static_cast<std::size_t>(tokens) <= kernels.gemm_bits_rows
+                 ? "gemm_bits"
+                 : detail::concat(int_name(detail::expanded_format(w.format())), " (", name_of(w.format()),
+                                  " expanded to ", name_of(detail::expanded_format(w.format())), " in cache)");
   else if (kind == Activations::bf16)
     kernel = "gemm_bf16";
   else if (tokens <= static_cast<Eigen::Index>(kernels.gemv_max_rows))

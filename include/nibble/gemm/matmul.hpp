@@ -64,7 +64,7 @@ inline Activations activations_for(const PackedMatrix& w, Activations asked) {
     return asked;
   }
   require(asked == Activations::fp32 || is_integer(w.format()), "activations are int8 but the weights are ",
-          name_of(w.format()), ", expected int8 or int4");
+          name_of(w.format()), ", expected an integer format");
   return asked;
 }
 
@@ -79,7 +79,7 @@ inline void check_product(const PackedMatrix& w, Eigen::Index x_rows, Eigen::Ind
 
 inline void check_int(const PackedMatrix& w, const QuantizedActivations& x) {
   require(is_integer(w.format()), "x is quantized but the weights are ", name_of(w.format()),
-          ", expected int8 or int4");
+          ", expected an integer format");
   require(x.symmetric() || !w.channel_sums().empty() || w.rows() == 0,
           "x has zero points, but w was packed without channel_sums (PackOptions)");
   require(x.group_size() == 0 || activation_group_shift(w, x.group_size()) != no_group_shift, "x has groups of ",
@@ -143,7 +143,7 @@ inline void matmul(const PackedMatrix& w, const QuantizedActivations& x, Int8Mat
 inline void matmul_raw(const PackedMatrix& w, const QuantizedActivations& x, Int32MatrixRef y,
                        const MatmulOptions& options = {}) {
   detail::check_product(w, x.inputs(), x.tokens(), y.rows(), y.cols(), options.epilogue);
-  detail::require(is_integer(w.format()), "raw accumulators need int8 or int4 weights, not ", name_of(w.format()));
+  detail::require(is_integer(w.format()), "raw accumulators need integer weights, not ", name_of(w.format()));
   detail::require(w.groups() <= 1 && w.symmetry() != Symmetry::float_offset,
                   "raw accumulators need one integer sum a channel, w has ", w.groups(), " groups and is ",
                   name_of(w.symmetry()));

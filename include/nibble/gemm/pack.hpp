@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "nibble/formats/bf16.hpp"
+#include "nibble/formats/bit_stream.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/gemm/expand.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
 #include "nibble/core/thread_pool.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
@@ -39,10 +41,36 @@ inline LaneElement lane_element(Format format) noexcept {
   return LaneElement::int4_codes;
 }
 
+/// move_codes of the formats in planes, whose units of 16 k are 2 * bits bytes of a row.
+template <bool to_lanes>
+void move_bit_codes(Format format, std::uint8_t* rows, std::size_t line_bytes, std::size_t row_count,
+                    std::uint8_t* panel) noexcept {
+  const unsigned bits = bits_of(format);
+  const std::size_t step = panel_bytes_of(format, bits_k_unit);
+  if (to_lanes) std::memset(panel, 0, ceil_div(line_bytes, 2 * bits) * step);
+  for (std::size_t at = 0; at < line_bytes; at += 2 * bits, panel += step)
+    for (std::size_t r = 0; r < row_count; ++r) {
+      const std::size_t bytes = std::min<std::size_t>(2 * bits, line_bytes - at);
+      std::uint8_t* const from = rows + r * line_bytes + at;
+      std::uint8_t stream[12] = {};
+      std::uint8_t codes[bits_k_unit];
+      if (to_lanes) {
+        std::memcpy(stream, from, bytes);
+        unpack_bits(bits, stream, bits_k_unit, codes);
+        scalar::put_lane_codes(bits, codes, r, panel);
+      } else {
+        scalar::get_lane_codes(bits, panel, r, codes);
+        pack_bits(bits, codes, bits_k_unit, stream);
+        std::memcpy(from, stream, bytes);
+      }
+    }
+}
+
 /// Codes of a panel's rows, or the way back.
 template <bool to_lanes>
 void move_codes(Format format, std::uint8_t* rows, std::size_t line_bytes, std::size_t row_count,
                 std::uint8_t* panel) noexcept {
+  if (is_bit_stream(format)) return move_bit_codes<to_lanes>(format, rows, line_bytes, row_count, panel);
   LanesArgs args;
   args.element = lane_element(format);
   args.rows = rows;
@@ -113,7 +141,15 @@ class ChannelSums {
     args.rows = 1;
     args.acc = sums_.as_mutable<float>() + begin * panel_width;
     args.acc_stride = (end - begin) * panel_width;
-    (w_.format == Format::int8 ? kernels().gemm_w8a8 : kernels().gemm_w4a8)(args);
+    const KernelTable& k = kernels();
+    if (needs_expansion(k, w_.format, 1)) {
+      std::vector<std::uint8_t> room((end - begin) * expanded_panel_bytes(w_));
+      expand_panels(k, w_, begin, end, room.data());
+      args = on_expanded(args, room.data());
+      int_kernel(k, args.w.format)(args);
+      return;
+    }
+    (is_bit_stream(w_.format) ? k.gemm_bits : int_kernel(k, w_.format))(args);
   }
   Buffer take() { return std::move(sums_); }
 
@@ -145,7 +181,8 @@ inline PackedMatrix pack(const QuantizedTensor& q, const PackOptions& options = 
   const std::size_t packed_size = bytes_of(shape.scale_type);
   const std::size_t panel_bytes = detail::panel_bytes_of(format, shape.k_padded);
   const std::size_t line_bytes = q.line_bytes();
-  const std::size_t lane_bytes = bytes_of(detail::lane_element(format));
+  const std::size_t lane_bytes =
+      is_bit_stream(format) ? 2 * bits_of(format) : bytes_of(detail::lane_element(format));
   const std::size_t used_bytes = detail::round_up(line_bytes, lane_bytes) * detail::panel_width;
   const bool with_sums = options.channel_sums && is_integer(format) && shape.params != 0;
   detail::ChannelSums sums(with_sums ? detail::panel_view(header, shape, codes_out, scales_out, zeros_out)

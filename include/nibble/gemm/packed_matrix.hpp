@@ -61,9 +61,9 @@ inline PackedShape shape_of(const PackedHeader& h) {
                        "packed per-channel scales are of axis 0 (outputs), not of axis ", granularity.axis);
   require<Unsupported>(granularity.kind != Kind::per_group || granularity.axis == 1,
                        "packed groups run along axis 1 (inputs), not along axis ", granularity.axis);
-  require<Unsupported>(!is_bit_stream(s.format), "matrices of ", name_of(s.format), " cannot be packed yet");
   PackedShape shape;
-  shape.k_padded = checked_add(h.cols, k_unit - 1, "packed columns") / k_unit * k_unit;
+  const std::size_t unit = k_unit_of(s.format);
+  shape.k_padded = checked_add(h.cols, unit - 1, "packed columns") / unit * unit;
   shape.panels = ceil_div(h.rows, panel_width);
   const std::size_t lanes = checked_mul(shape.panels, panel_width, "packed rows");
   const std::size_t elements = checked_mul(lanes, shape.k_padded, "packed size");
@@ -139,15 +139,20 @@ inline void dequantize_lane(const PanelView& w, std::size_t row, float* out) noe
   float scales[chunk / 16];
   float offsets[chunk / 16];
   std::int8_t zeros[chunk / 16];
+  const bool planes = is_bit_stream(w.format);  // their codes are gathered as bytes
   const bool bytes = w.format == Format::int8;
   const std::size_t codes_a_word = bytes ? 4 : 8;
   for (std::size_t k = 0, n; k < w.k; k += n) {
-    // Whole groups, or a part of a long one; either begins with a word.
+    // Whole groups, or a part of a long one; either begins with a word, or a unit of planes.
     const bool whole = w.group_size < chunk;
     n = std::min(w.k - k,
                  whole ? chunk / w.group_size * w.group_size : std::min(chunk, w.group_size - k % w.group_size));
     const std::size_t groups = whole ? ceil_div(n, w.group_size) : 1;
-    for (std::size_t i = 0; i < ceil_div(n, codes_a_word); ++i) {
+    for (std::size_t i = 0; planes && i < n; i += bits_k_unit)
+      scalar::get_lane_codes(bits_of(w.format),
+                             codes + (k + i) / bits_k_unit * panel_bytes_of(w.format, bits_k_unit), lane,
+                             reinterpret_cast<std::uint8_t*>(words) + i);
+    for (std::size_t i = 0; !planes && i < ceil_div(n, codes_a_word); ++i) {
       const auto word = scalar::load<std::uint32_t>(codes, (k / codes_a_word + i) * panel_width + lane);
       words[i] = bytes ? word ^ 0x80808080U : scalar::deinterleave_nibbles(word);
     }
@@ -158,7 +163,7 @@ inline void dequantize_lane(const PanelView& w, std::size_t row, float* out) noe
       if (w.symmetry == Symmetry::asymmetric) zeros[g] = static_cast<const std::int8_t*>(w.zeros)[param];
     }
     DequantizeGroupsArgs args;
-    args.format = w.format;
+    args.format = planes ? Format::int8 : w.format;
     args.q = reinterpret_cast<const std::uint8_t*>(words);
     args.n = n;
     args.group = whole ? w.group_size : chunk;

@@ -12,15 +12,19 @@ namespace detail {
 
 /// Output channels that one panel interleaves: one zmm of int32 or fp32 lanes, two ymm.
 inline constexpr std::size_t panel_width = 16;
-/// K is padded to a multiple of this in every packed layout (one unit of 4-bit codes).
+/// K is padded to a multiple of this in most packed layouts (one unit of 4-bit codes) ...
 inline constexpr std::size_t k_unit = 8;
+/// ... and of this in those of 2, 3, 5 and 6 bits.
+inline constexpr std::size_t bits_k_unit = 16;
+constexpr std::size_t k_unit_of(Format f) noexcept { return is_bit_stream(f) ? bits_k_unit : k_unit; }
 /// Longest group whose int32 sum is exact for every code, u8 x s8 included: 65,793 rounded down to a multiple of 16.
 inline constexpr std::size_t max_exact_group = 65792;
 
 /// A packed matrix of n output channels by k inputs ("panel16" layout), as kernels see it.
 ///
 /// Output channels are cut into panels of 16 lanes; missing lanes of the last panel hold zero codes and zero
-/// scales. Within a panel, k runs outermost, k_padded = round_up(k, 8), codes beyond k are 0:
+/// scales. Within a panel, k runs outermost, k_padded = round_up(k, 8), for 2, 3, 5 and 6 bits round_up(k, 16); codes
+/// beyond k are 0:
 ///
 /// | format    | order                 | element                                                           |
 /// |-----------|-----------------------|-------------------------------------------------------------------|
@@ -28,7 +32,17 @@ inline constexpr std::size_t max_exact_group = 65792;
 /// | fp16      | [k][16]               | binary16 bits                                                     |
 /// | bf16      | [k/2][16][2]          | bfloat16 bits, the even k in the low half of each 32-bit lane     |
 /// | int8      | [k/4][16][4]          | uint8: code + 128                                                 |
-/// | int4, nf4 | [k/8][16][4]          | uint8: low nibble k = 8u + j, high nibble k = 8u + 4 + j          |
+/// | int4, nf4,| [k/8][16][4]          | uint8: low nibble k = 8u + j, high nibble k = 8u + 4 + j          |
+/// | fp4       |                       |                                                                   |
+/// | int2      | [k/16]{P}             | planes of 16 k, see below                                         |
+/// | int3      | [k/16]{P, S}          | P has the low two bits, S the third                               |
+/// | int5      | [k/16]{N, N, S}       | N have the low four bits, S the fifth                             |
+/// | int6      | [k/16]{N, N, P}       | N have the low four bits, P the other two                         |
+///
+/// With k = 16 u + 4 m + j, j < 4, and a lane l: N are two [16][4] as int4's, of m = 0, 1 and of m = 2, 3; P is [16][4]
+/// bytes, the j-th of lane l having k's bits at 2 m and 2 m + 1; S is [8][4] bytes, the j-th of l % 8 having k's bit at
+/// m + 4 (l / 8). So a unit of 16 k takes 32 bytes a bit, every plane but S is loaded, shifted and masked as nibbles are,
+/// and S costs a shift more for the upper lanes.
 ///
 /// scales, and zeros where there are any, are [panel][group][16]. group_size is a multiple of 16, or k_padded where
 /// there is one group; only the last group may be shorter. Scales may be negative.
@@ -45,7 +59,7 @@ struct PanelView {
   std::size_t panel_bytes = 0;      // from one panel's codes to the next's
   const void* scales = nullptr;     // scale_type; nullptr for the float formats
   const void* zeros = nullptr;      // symmetric: nullptr; asymmetric: int8_t; float_offset: scale_type
-  const float* codebook = nullptr;  // nf4: 16 levels
+  const float* codebook = nullptr;  // nf4, fp4: 16 levels
 };
 
 /// Groups that scales have where 2^shift of `groups` share one.
@@ -53,13 +67,13 @@ constexpr std::size_t scale_groups(std::size_t groups, unsigned shift) noexcept 
   return groups == 0 ? 0 : ((groups - 1) >> shift) + 1;
 }
 
-/// Integer product of packed int8/int4 weights with int8 activations, for panels [panel_begin, panel_end) and all of
+/// Integer product of packed integer weights with int8 activations, for panels [panel_begin, panel_end) and all of
 /// `rows` tokens. For token r and channel c (lane of a panel), in this order, every step rounded once:
 ///
 ///   acc = 0
 ///   for g = 0 .. groups-1:                              D, S exact in int32
-///     D = sum over the group of (q[c,k] - zero[c,g]) * x[r,k]     (zero: 8 for symmetric int4, 0 for symmetric int8
-///                                                                  and for float_offset)
+///     D = sum over the group of (q[c,k] - zero[c,g]) * x[r,k]     (zero: symmetric_zero_of(format) for symmetric
+///                                                                  weights, 0 for float_offset)
 ///     x_scales == nullptr:
 ///       acc = fma(scale[c,g], float(D), acc)
 ///       float_offset, S = x_sums[r,g]:  acc = fma(offset[c,g], float(S), acc)
@@ -87,10 +101,29 @@ struct IntGemmArgs {
   std::int32_t* raw = nullptr;  // same shape as acc: where set (groups == 1), D goes here instead
 };
 
+/// Panels [panel_begin, panel_end) of 2, 3, 5 or 6 bits in the layout of expanded_format(), with the same products: the
+/// codes have expanded_bias() added, so that a symmetric zero is the wider format's. All k up to w.k_padded.
+struct ExpandArgs {
+  PanelView w;
+  std::size_t panel_begin = 0;
+  std::size_t panel_end = 0;
+  std::uint8_t* out = nullptr;       // panel p at (p - panel_begin) * out_panel_stride
+  std::size_t out_panel_stride = 0;  // at least 16 * k_padded * bits_of(expanded_format()) / 8
+};
+
+/// The format whose kernels multiply codes of 2, 3, 5 and 6 bits once these are expanded.
+constexpr Format expanded_format(Format f) noexcept { return bits_of(f) < 4 ? Format::int4 : Format::int8; }
+/// What expanding adds to a code, as a packed byte or nibble.
+constexpr unsigned expanded_bias(const PanelView& w) noexcept {
+  const unsigned to = expanded_format(w.format) == Format::int4 ? 8U : 128U;
+  if (w.symmetry == Symmetry::symmetric) return to - static_cast<unsigned>(symmetric_zero_of(w.format));
+  return to == 8U ? 0U : to;
+}
+
 /// Dequantizes k in [k_begin, k_end) of panels [panel_begin, panel_end) to fp32:
 /// out[(p - panel_begin) * out_panel_stride + (k - k_begin) * 16 + lane]. k_begin is a multiple of 8.
 /// The values equal dequantize's: int: scale * float(q - zero), one rounding; float_offset: fma(scale, float(q),
-/// offset); nf4: scale * codebook[q]; fp16, bf16, fp32: exact.
+/// offset); nf4, fp4: scale * codebook[q]; fp16, bf16, fp32: exact.
 struct UnpackArgs {
   PanelView w;
   std::size_t panel_begin = 0;
@@ -422,7 +455,7 @@ struct DequantizeGroupsArgs {
   const float* offsets = nullptr;      // the same, or nullptr
   const std::int8_t* zeros = nullptr;  // the same; nullptr: `zero`
   std::int32_t zero = 0;
-  const float* codebook = nullptr;  // nf4: 16 levels
+  const float* codebook = nullptr;  // nf4, fp4: 16 levels
   float* x = nullptr;
 };
 

@@ -91,10 +91,14 @@ struct KernelTable {
   std::size_t bf16_tile_rows = 4;   // most tokens in a tile of Bf16GemmArgs
   std::size_t int_panels = 1;       // panels that the integer GEMM likes to be given at once
   std::size_t gemv_max_rows = 4;    // rows up to which FloatGemv beats unpack + float GEMM
+  std::size_t gemm_bits_rows =
+      0;  // rows up to which gemm_bits beats expand + the wider format's; 0: there is none
 
   void (*gemm_w8a8)(const IntGemmArgs&) noexcept = nullptr;
   void (*gemm_w4a8)(const IntGemmArgs&) noexcept = nullptr;
-  void (*unpack)(const UnpackArgs&) noexcept = nullptr;  // all formats
+  void (*gemm_bits)(const IntGemmArgs&) noexcept = nullptr;  // int2, int3, int5, int6; up to gemm_bits_rows rows
+  void (*expand)(const ExpandArgs&) noexcept = nullptr;      // the same formats
+  void (*unpack)(const UnpackArgs&) noexcept = nullptr;      // all formats
   void (*gemm_float)(const FloatGemmArgs&) noexcept = nullptr;
   void (*gemv_float)(const FloatGemvArgs&) noexcept = nullptr;  // all formats
   void (*gemm_bf16)(const Bf16GemmArgs&) noexcept = nullptr;    // bf16

@@ -62,6 +62,12 @@ NIBBLE_ALWAYS_INLINE void store_bytes(void* p, __m128i v, std::size_t n) noexcep
   _mm_store_si128(reinterpret_cast<__m128i*>(staged), v);
   std::memcpy(p, staged, n);
 }
+// A plane of one bit a code (kernels/args.hpp) for half h of a panel: its bits in the low nibbles, whatever in the high.
+NIBBLE_ALWAYS_INLINE Vi load_top_bits(const std::uint8_t* p, int h) noexcept {
+  const Vi both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return h == 0 ? both : _mm256_srli_epi32(both, 4);
+}
+NIBBLE_ALWAYS_INLINE void store_words(void* p, Vi v) noexcept { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 NIBBLE_ALWAYS_INLINE Vf load_fp16(const void* p) noexcept {
   return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }

@@ -51,6 +51,12 @@ NIBBLE_ALWAYS_INLINE void store_n(float* p, Vf v, std::size_t n) noexcept {
   _mm512_mask_storeu_ps(p, first(n), v);
 }
 NIBBLE_ALWAYS_INLINE Vi load_int(const void* p) noexcept { return _mm512_loadu_si512(p); }
+// A plane of one bit a code (kernels/args.hpp) for half h of a panel: its bits in the low nibbles, whatever in the high.
+NIBBLE_ALWAYS_INLINE Vi load_top_bits(const std::uint8_t* p, int) noexcept {
+  const Vi both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+}
+NIBBLE_ALWAYS_INLINE void store_words(void* p, Vi v) noexcept { _mm512_storeu_si512(p, v); }
 NIBBLE_ALWAYS_INLINE Vf load_fp16(const void* p) noexcept {
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }

@@ -40,6 +40,30 @@ NIBBLE_ALWAYS_INLINE Int high_nibbles(Int a) noexcept {
   return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
 
+/// Bits of 32-bit lanes moved by N: what leaves a byte enters the next one.
+template <int N>
+NIBBLE_ALWAYS_INLINE Int shift_right_bits(Int a) noexcept {
+  return _mm512_srli_epi32(a, N);
+}
+template <int N>
+NIBBLE_ALWAYS_INLINE Int shift_left_bits(Int a) noexcept {
+  return _mm512_slli_epi32(a, N);
+}
+/// Every byte & Byte; every byte's bits of Byte from a, the others from b.
+template <int Byte>
+NIBBLE_ALWAYS_INLINE Int and_bytes(Int a) noexcept {
+  return _mm512_and_si512(a, _mm512_set1_epi8(Byte));
+}
+template <int Byte>
+NIBBLE_ALWAYS_INLINE Int select_bytes(Int a, Int b) noexcept {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(Byte), a, b, 0xCA);
+}
+/// A plane of one bit a code (kernels/args.hpp): its bits in the low nibbles, whatever in the high.
+NIBBLE_ALWAYS_INLINE Int load_top_bits(const std::uint8_t* p) noexcept {
+  const Int both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+}
+
 // GCC 12 copies and spills the accumulators of the intrinsic; an asm keeps each in its register.
 /// acc += u8 . s8 over each lane's four bytes.
 NIBBLE_ALWAYS_INLINE void dot(Int& acc, Int u8, Int s8) noexcept {

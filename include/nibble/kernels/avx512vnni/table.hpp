@@ -64,6 +64,7 @@ namespace floats {
 #include "nibble/kernels/avx512vnni/int_tiles.inl"
 #include "nibble/kernels/avx512vnni/w8a8.inl"
 #include "nibble/kernels/avx512vnni/w4a8.inl"
+#include "nibble/kernels/avx512vnni/wba8.inl"
 // clang-format on
 
 inline constexpr KernelTable table = [] {
@@ -72,6 +73,8 @@ inline constexpr KernelTable table = [] {
   t.int_panels = int_tiles::panel_multiple;
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
+  t.gemm_bits = &gemm_bits;
+  t.gemm_bits_rows = 1;
   floats::fill(t);
   t.bf16_tile_rows = floats::bf16_tile_rows;
   t.gemm_bf16 = &floats::gemm_bf16;

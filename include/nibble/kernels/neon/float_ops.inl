@@ -60,6 +60,12 @@ NIBBLE_ALWAYS_INLINE Vf load_n_or(const float* p, std::size_t n, Vf rest) noexce
 NIBBLE_ALWAYS_INLINE void store(float* p, Vf v) noexcept { vst1q_f32(p, v); }
 NIBBLE_ALWAYS_INLINE void store_n(float* p, Vf v, std::size_t n) noexcept { store_bytes(p, v, 4 * n); }
 NIBBLE_ALWAYS_INLINE Vi load_int(const void* p) noexcept { return load_bytes<Vi>(p, 16); }
+// A plane of one bit a code (kernels/args.hpp) for half h of a panel: its bits in the low nibbles, whatever in the high.
+NIBBLE_ALWAYS_INLINE Vi load_top_bits(const std::uint8_t* p, int h) noexcept {
+  const auto both = vreinterpretq_u32_s32(load_int(p + h % 2 * 16));
+  return vreinterpretq_s32_u32(h < 2 ? both : vshrq_n_u32(both, 4));
+}
+NIBBLE_ALWAYS_INLINE void store_words(void* p, Vi v) noexcept { store_bytes(p, v, 16); }
 NIBBLE_ALWAYS_INLINE Vf widen_fp16(uint16x4_t v) noexcept { return vcvt_f32_f16(vreinterpret_f16_u16(v)); }
 NIBBLE_ALWAYS_INLINE Vf load_fp16(const void* p) noexcept { return widen_fp16(load_bytes<uint16x4_t>(p, 8)); }
 NIBBLE_ALWAYS_INLINE Vf load_fp16_n(const void* p, std::size_t n) noexcept {

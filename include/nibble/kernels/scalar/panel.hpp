@@ -8,6 +8,7 @@
 #include "nibble/formats/bf16.hpp"
 #include "nibble/formats/fp16.hpp"
 #include "nibble/kernels/args.hpp"
+#include "nibble/kernels/scalar/bit_planes.hpp"
 
 namespace nibble {
 inline namespace NIBBLE_ABI {
@@ -33,6 +34,10 @@ inline std::int32_t code_at(const PanelView& w, std::size_t panel, std::size_t l
   const std::uint8_t* codes = w.codes + panel * w.panel_bytes;
   if (w.format == Format::int8)
     return static_cast<std::int32_t>(codes[(k / 4 * panel_width + lane) * 4 + k % 4]) - 128;
+  if (is_bit_stream(w.format)) {
+    const std::uint8_t* unit = codes + k / bits_k_unit * panel_bytes_of(w.format, bits_k_unit);
+    return static_cast<std::int32_t>(lane_code(bits_of(w.format), unit, lane, k % bits_k_unit));
+  }
   const std::uint8_t byte = codes[(k / 8 * panel_width + lane) * 4 + k % 4];
   return k % 8 < 4 ? byte & 15 : byte >> 4;
 }

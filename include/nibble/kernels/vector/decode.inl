@@ -1,4 +1,4 @@
-// Decoders: eight k of one panel, in any format, to fp32 lanes. What unpack and the GEMVs share.
+// Decoders: eight k (16 of the formats in bit planes) of one panel, in any format, to fp32 lanes. What unpack and the GEMVs share.
 
 #define NIBBLE_UNROLL _Pragma("GCC unroll 16")
 
@@ -13,6 +13,10 @@ enum class Decode : int {
   int4_plain,  // scale * float(q - 8)
   int4_offset,
   levels,  // scale * table[q]: nf4, and symmetric int4 where a lookup is cheaper than arithmetic
+  int2,    // in planes of bits, from here on
+  int3,
+  int5,
+  int6,
 };
 
 alignas(64) inline constexpr float int4_levels[16] = {-8.0F, -7.0F, -6.0F, -5.0F, -4.0F, -3.0F, -2.0F, -1.0F,
@@ -30,7 +34,12 @@ inline Decode decode_of(const PanelView& w) noexcept {
       return w.symmetry == Symmetry::symmetric    ? (cheap_lookup ? Decode::levels : Decode::int4_plain)
              : w.symmetry == Symmetry::asymmetric ? Decode::int4
                                                   : Decode::int4_offset;
-    default: break;
+    case Format::int2: return Decode::int2;
+    case Format::int3: return Decode::int3;
+    case Format::int5: return Decode::int5;
+    case Format::int6: return Decode::int6;
+    case Format::nf4:
+    case Format::fp4: break;
   }
   return Decode::levels;
 }
@@ -45,11 +54,19 @@ inline const float* table_of(const PanelView& w) noexcept {
 constexpr bool bytes_by_logic = halves == 1;
 
 constexpr bool has_groups(Decode kind) noexcept { return kind > Decode::bf16; }
-// Bytes of eight k of a panel.
+// The formats in bit planes: fma(scale, float(q - zero), offset), where the offset is -0 unless there are float offsets:
+// adding -0 changes nothing, so one kind serves all symmetries.
+constexpr bool in_planes(Decode kind) noexcept { return kind >= Decode::int2; }
+constexpr unsigned plane_bits(Decode kind) noexcept {
+  return kind == Decode::int2 ? 2 : kind == Decode::int3 ? 3 : kind == Decode::int5 ? 5 : 6;
+}
+// k of a unit, and its bytes in a panel.
+constexpr std::size_t unit_k(Decode kind) noexcept { return in_planes(kind) ? bits_k_unit : k_unit; }
 constexpr std::size_t unit_bytes(Decode kind) noexcept {
   return kind == Decode::fp32                           ? 512
          : kind == Decode::fp16 || kind == Decode::bf16 ? 256
          : kind >= Decode::int8 && kind < Decode::int4  ? 128
+         : in_planes(kind)                              ? 32 * plane_bits(kind)
                                                         : 64;
 }
 
@@ -75,6 +92,14 @@ NIBBLE_ALWAYS_INLINE Vf byte_under_base(Vi v) noexcept {
   return from_bits(or_int(and_int(v, set1_int(0xFF << Bit)), bits(set1(byte_base<Bit>()))));
 }
 
+// v << N, v >> -N where N is negative.
+template <int N>
+NIBBLE_ALWAYS_INLINE Vi move_bits(Vi v) noexcept {
+  if constexpr (N > 0) return shift_left<N>(v);
+  if constexpr (N < 0) return shift_right<-N>(v);
+  return v;
+}
+
 // One panel's decoder. group() at every start of a group, then unit() and value<0>() .. value<7>() for every unit.
 template <Decode kind>
 struct Decoder {
@@ -82,7 +107,7 @@ struct Decoder {
   Vf offset[halves];  // the float offset; asymmetric: float(zero), for int4 by table
   Vi zeros[halves];
   Vf base[2 * halves];  // what byte_under_base adds to q - zero, by bits 0 and 8
-  Vi codes[2 * halves];
+  Vi codes[(in_planes(kind) ? 3 : 2) * halves];
   const std::uint8_t* at;
 
   NIBBLE_ALWAYS_INLINE void group(const PanelView& w, std::size_t panel, std::size_t g) noexcept {
@@ -91,6 +116,15 @@ struct Decoder {
       for (int h = 0; h < halves; ++h) {
         const std::size_t index = (panel * w.groups + g) * panel_width + static_cast<std::size_t>(h * lanes);
         scale[h] = load_scales(w.scales, w.scale_type, index);
+        if constexpr (in_planes(kind)) {
+          zeros[h] = set1_int(w.symmetry == Symmetry::symmetric ? 1 << (plane_bits(kind) - 1) : 0);
+          offset[h] = set1(-0.0F);
+          if (w.symmetry == Symmetry::asymmetric)
+            zeros[h] = load_s8(static_cast<const std::int8_t*>(w.zeros) + index);
+          if (w.symmetry == Symmetry::float_offset) offset[h] = load_scales(w.zeros, w.scale_type, index);
+          base[h] = add(to_float(zeros[h]), set1(byte_base<0>()));
+          base[halves + h] = add(to_float(zeros[h]), set1(byte_base<8>()));
+        }
         if constexpr (kind == Decode::int8_offset || kind == Decode::int4_offset)
           offset[h] = load_scales(w.zeros, w.scale_type, index);
         if constexpr (kind == Decode::int4) {
@@ -111,7 +145,18 @@ struct Decoder {
 
   NIBBLE_ALWAYS_INLINE void unit(const std::uint8_t* p) noexcept {
     at = p;
-    if constexpr (unit_bytes(kind) == 64) {
+    if constexpr (in_planes(kind)) {
+      constexpr unsigned bits = plane_bits(kind);
+      NIBBLE_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        codes[h] = load_int(p + h * lanes * 4);
+        if constexpr (bits == 3) codes[halves + h] = load_top_bits(p + 64, h);
+        if constexpr (bits > 4) {
+          codes[halves + h] = load_int(p + 64 + h * lanes * 4);
+          codes[2 * halves + h] = bits == 5 ? load_top_bits(p + 128, h) : load_int(p + 128 + h * lanes * 4);
+        }
+      }
+    } else if constexpr (unit_bytes(kind) == 64) {
       NIBBLE_UNROLL
       for (int h = 0; h < halves; ++h) {
         codes[h] = load_int(p + h * lanes * 4);
@@ -125,7 +170,23 @@ struct Decoder {
     }
   }
 
-  // k = 8 * unit + I, lanes of half h.
+  // Formats in planes: a byte a code of k = 16 * unit + 4 * M .. + 3, lanes of half h.
+  template <int M>
+  NIBBLE_ALWAYS_INLINE Vi bytes(int h) const noexcept {
+    constexpr unsigned bits = plane_bits(kind);
+    if constexpr (bits < 4) {
+      const Vi low = and_int(move_bits<-2 * M>(codes[h]), set1_int(0x03030303));
+      if constexpr (bits == 2) return low;
+      return or_int(low, and_int(move_bits<2 - M>(codes[halves + h]), set1_int(0x04040404)));
+    } else {
+      const Vi low = and_int(move_bits<-4 * (M % 2)>(codes[M / 2 * halves + h]), set1_int(0x0F0F0F0F));
+      const Vi top = codes[2 * halves + h];
+      if constexpr (bits == 5) return or_int(low, and_int(move_bits<4 - M>(top), set1_int(0x10101010)));
+      return or_int(low, and_int(move_bits<4 - 2 * M>(top), set1_int(0x30303030)));
+    }
+  }
+
+  // k = unit_k * unit + I, lanes of half h.
   template <int I>
   NIBBLE_ALWAYS_INLINE Vf value(int h, const Lookup16& table) const noexcept {
     if constexpr (kind == Decode::fp32) {
@@ -136,6 +197,14 @@ struct Decoder {
       const Vi pair = load_int(at + (I / 2) * 64 + h * lanes * 4);
       if constexpr (I % 2 == 0) return from_bits(shift_left<16>(pair));
       return from_bits(and_int(pair, set1_int(static_cast<std::int32_t>(0xFFFF0000U))));
+    } else if constexpr (in_planes(kind)) {
+      const Vi four = bytes<I / 4>(h);
+      if constexpr (bytes_by_logic) {
+        const Vf q = byte_under_base<I % 2 * 8>(I % 4 < 2 ? four : shift_right<16>(four));
+        return fma(scale[h], sub(q, base[I % 2 * halves + h]), offset[h]);
+      } else {
+        return fma(scale[h], to_float(sub_int(byte_of_lanes<I % 4>(four), zeros[h])), offset[h]);
+      }
     } else if constexpr (unit_bytes(kind) == 128 && bytes_by_logic) {
       constexpr int bit = I % 2 * 8;
       const Vi four = codes[(I / 4) * halves + h];
@@ -164,10 +233,10 @@ struct Decoder {
   }
 };
 
-// All eight k of the current unit to out[8][16].
+// All k of the current unit to out[unit_k][16].
 template <Decode kind, int I = 0>
 NIBBLE_ALWAYS_INLINE void decode_unit(const Decoder<kind>& d, const Lookup16& table, float* out) noexcept {
-  if constexpr (I < 8) {
+  if constexpr (I < static_cast<int>(unit_k(kind))) {
     NIBBLE_UNROLL
     for (int h = 0; h < halves; ++h) store(out + I * 16 + h * lanes, d.template value<I>(h, table));
     decode_unit<kind, I + 1>(d, table, out);

@@ -4,6 +4,7 @@ constexpr void fill(KernelTable& t) noexcept {
   t.float_tile_rows = gemm_rows;
   t.float_panels = 4;
   t.gemv_max_rows = 4;
+  t.expand = &expand;
   t.unpack = &unpack;
   t.gemm_float = &gemm_float;
   t.gemv_float = &gemv_float;

@@ -47,17 +47,18 @@ inline void gemv_tile(const FloatGemvArgs& a, std::size_t row) noexcept {
       }
     }
     std::size_t k = 0;
-    const std::size_t whole = w.k / 8 * 8;
+    constexpr std::size_t units = unit_k(kind);
+    const std::size_t whole = w.k / units * units;
     for (std::size_t g = 0; k < whole; ++g) {
       Decoder<kind> d[P];
       NIBBLE_UNROLL
       for (std::size_t p = 0; p < P; ++p) d[p].group(w, panel[p], g);
       const std::size_t end = whole - k < group_size ? whole : k + group_size;
-      for (; k < end; k += 8) {
-        const std::size_t at = k / 8 * unit_bytes(kind);
+      for (; k < end; k += units) {
+        const std::size_t at = k / units * unit_bytes(kind);
         NIBBLE_UNROLL
         for (std::size_t p = 0; p < P; ++p) {
-          prefetch_lines<static_cast<int>(unit_bytes(kind) / 64)>(codes[p], at + gemv_prefetch);
+          prefetch_lines<static_cast<int>((unit_bytes(kind) + 63) / 64)>(codes[p], at + gemv_prefetch);
           d[p].unit(codes[p] + at);
           gemv_step<kind, R, P, 0>(d[p], table, x, k, sum[p]);
           gemv_step<kind, R, P, 1>(d[p], table, x, k, sum[p]);
@@ -67,6 +68,16 @@ inline void gemv_tile(const FloatGemvArgs& a, std::size_t row) noexcept {
           gemv_step<kind, R, P, 5>(d[p], table, x, k, sum[p]);
           gemv_step<kind, R, P, 6>(d[p], table, x, k, sum[p]);
           gemv_step<kind, R, P, 7>(d[p], table, x, k, sum[p]);
+          if constexpr (units == 16) {
+            gemv_step<kind, R, P, 8>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 9>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 10>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 11>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 12>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 13>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 14>(d[p], table, x, k, sum[p]);
+            gemv_step<kind, R, P, 15>(d[p], table, x, k, sum[p]);
+          }
         }
       }
     }
@@ -90,7 +101,8 @@ inline void gemv_kind(const FloatGemvArgs& a) noexcept {
   for (std::size_t row = 0; row < a.rows;) {
     const std::size_t left = a.rows - row;
     // A table of two registers and 4 rows do not fit AVX2's sixteen: the sums would be spilled inside the FMA chains.
-    constexpr bool four = kind != Decode::levels || cheap_lookup;
+    // Formats in planes make do with two rows: half of what they would take to compile.
+    constexpr bool four = (kind != Decode::levels || cheap_lookup) && !in_planes(kind);
     if (four && left >= 3) {
       if constexpr (four) gemv_tile<kind, 4, gemv_panels_4>(a, row);
       row += 4;
@@ -102,12 +114,13 @@ inline void gemv_kind(const FloatGemvArgs& a) noexcept {
       row += 1;
     }
   }
-  if (a.w.k % 8 == 0) return;
+  constexpr std::size_t units = unit_k(kind);
+  if (a.w.k % units == 0) return;
   // The last few k, on top of the sums: decoded by unpack, out of line.
-  float weights[8 * panel_width];
+  float weights[units * panel_width];
   UnpackArgs u;
   u.w = a.w;
-  u.k_begin = a.w.k / 8 * 8;
+  u.k_begin = a.w.k / units * units;
   u.k_end = a.w.k;
   u.out = weights;
   for (std::size_t p = a.panel_begin; p < a.panel_end; ++p) {
@@ -133,5 +146,9 @@ inline void gemv_float(const FloatGemvArgs& a) noexcept {
       return;
     case Decode::int4_offset: return gemv_kind<Decode::int4_offset>(a);
     case Decode::levels: return gemv_kind<Decode::levels>(a);
+    case Decode::int2: return gemv_kind<Decode::int2>(a);
+    case Decode::int3: return gemv_kind<Decode::int3>(a);
+    case Decode::int5: return gemv_kind<Decode::int5>(a);
+    case Decode::int6: return gemv_kind<Decode::int6>(a);
   }
 }
