@@ -46,7 +46,7 @@ template <bool to_lanes>
 void move_bit_codes(Format format, std::uint8_t* rows, std::size_t line_bytes, std::size_t row_count,
                     std::uint8_t* panel) noexcept {
   const unsigned bits = bits_of(format);
-  const std::size_t step = panel_bytes_of(format, bits_k_unit);
+  const std::size_t step = bits_unit_bytes(format);
   if (to_lanes) std::memset(panel, 0, ceil_div(line_bytes, 2 * bits) * step);
   for (std::size_t at = 0; at < line_bytes; at += 2 * bits, panel += step)
     for (std::size_t r = 0; r < row_count; ++r) {

@@ -67,7 +67,10 @@ inline PackedShape shape_of(const PackedHeader& h) {
   shape.panels = ceil_div(h.rows, panel_width);
   const std::size_t lanes = checked_mul(shape.panels, panel_width, "packed rows");
   const std::size_t elements = checked_mul(lanes, shape.k_padded, "packed size");
-  shape.codes_bytes = checked_mul(elements, bits_of(s.format), "packed size") / 8;
+  // Bits, and no less than the padding of a panel that is filled up.
+  checked_mul(checked_add(elements, checked_mul(lanes, 64, "packed rows"), "packed size"), bits_of(s.format),
+              "packed size");
+  shape.codes_bytes = shape.panels * panel_bytes_of(s.format, shape.k_padded);
   if (!has_scales(s.format)) {
     shape.group_size = shape.k_padded;
     shape.groups = 1;
@@ -149,8 +152,7 @@ inline void dequantize_lane(const PanelView& w, std::size_t row, float* out) noe
                  whole ? chunk / w.group_size * w.group_size : std::min(chunk, w.group_size - k % w.group_size));
     const std::size_t groups = whole ? ceil_div(n, w.group_size) : 1;
     for (std::size_t i = 0; planes && i < n; i += bits_k_unit)
-      scalar::get_lane_codes(bits_of(w.format),
-                             codes + (k + i) / bits_k_unit * panel_bytes_of(w.format, bits_k_unit), lane,
+      scalar::get_lane_codes(bits_of(w.format), codes + (k + i) / bits_k_unit * bits_unit_bytes(w.format), lane,
                              reinterpret_cast<std::uint8_t*>(words) + i);
     for (std::size_t i = 0; !planes && i < ceil_div(n, codes_a_word); ++i) {
       const auto word = scalar::load<std::uint32_t>(codes, (k / codes_a_word + i) * panel_width + lane);

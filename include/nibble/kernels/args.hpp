@@ -16,6 +16,8 @@ inline constexpr std::size_t panel_width = 16;
 inline constexpr std::size_t k_unit = 8;
 /// ... and of this in those of 2, 3, 5 and 6 bits.
 inline constexpr std::size_t bits_k_unit = 16;
+/// Bytes of a unit of these: 32 a bit.
+constexpr std::size_t bits_unit_bytes(Format f) noexcept { return panel_width * bits_k_unit / 8 * bits_of(f); }
 constexpr std::size_t k_unit_of(Format f) noexcept { return is_bit_stream(f) ? bits_k_unit : k_unit; }
 /// Longest group whose int32 sum is exact for every code, u8 x s8 included: 65,793 rounded down to a multiple of 16.
 inline constexpr std::size_t max_exact_group = 65792;
@@ -42,7 +44,7 @@ inline constexpr std::size_t max_exact_group = 65792;
 /// With k = 16 u + 4 m + j, j < 4, and a lane l: N are two [16][4] as int4's, of m = 0, 1 and of m = 2, 3; P is [16][4]
 /// bytes, the j-th of lane l having k's bits at 2 m and 2 m + 1; S is [8][4] bytes, the j-th of l % 8 having k's bit at
 /// m + 4 (l / 8). So a unit of 16 k takes 32 bytes a bit, every plane but S is loaded, shifted and masked as nibbles are,
-/// and S costs a shift more for the upper lanes.
+/// and S costs a shift more for the upper lanes. A panel is filled up with zeros to a multiple of 64 bytes.
 ///
 /// scales, and zeros where there are any, are [panel][group][16]. group_size is a multiple of 16, or k_padded where
 /// there is one group; only the last group may be shorter. Scales may be negative.

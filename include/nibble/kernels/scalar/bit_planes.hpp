@@ -107,7 +107,8 @@ inline void expand(const ExpandArgs& a) noexcept {
     for (std::size_t k = 0; k < a.w.k_padded; k += 16)
       for (std::size_t lane = 0; lane < panel_width; ++lane) {
         std::uint8_t codes[16];
-        get_lane_codes(bits, a.w.codes + p * a.w.panel_bytes + k / 16 * panel_width * 2 * bits, lane, codes);
+        get_lane_codes(bits, a.w.codes + p * a.w.panel_bytes + k / bits_k_unit * bits_unit_bytes(a.w.format), lane,
+                       codes);
         for (std::size_t i = 0; i < 16; ++i) {
           const auto code = static_cast<std::uint8_t>(codes[i] + bias);
           if (!nibbles) {

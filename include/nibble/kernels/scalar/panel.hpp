@@ -14,9 +14,10 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 namespace detail {
 
-/// Bytes of one panel's codes.
+/// Bytes of one panel's codes; those of the formats in planes begin at multiples of 64, as all others do by themselves.
 constexpr std::size_t panel_bytes_of(Format format, std::size_t k_padded) noexcept {
-  return panel_width * k_padded * bits_of(format) / 8;
+  const std::size_t bytes = panel_width * k_padded * bits_of(format) / 8;
+  return is_bit_stream(format) ? (bytes + 63) / 64 * 64 : bytes;
 }
 
 namespace scalar {
@@ -35,7 +36,7 @@ inline std::int32_t code_at(const PanelView& w, std::size_t panel, std::size_t l
   if (w.format == Format::int8)
     return static_cast<std::int32_t>(codes[(k / 4 * panel_width + lane) * 4 + k % 4]) - 128;
   if (is_bit_stream(w.format)) {
-    const std::uint8_t* unit = codes + k / bits_k_unit * panel_bytes_of(w.format, bits_k_unit);
+    const std::uint8_t* unit = codes + k / bits_k_unit * bits_unit_bytes(w.format);
     return static_cast<std::int32_t>(lane_code(bits_of(w.format), unit, lane, k % bits_k_unit));
   }
   const std::uint8_t byte = codes[(k / 8 * panel_width + lane) * 4 + k % 4];
