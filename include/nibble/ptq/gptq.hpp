@@ -87,7 +87,12 @@ namespace detail {
 class GptqSweep {
  public:
   GptqSweep(const ConstWeightsRef& w, const Hessian& hessian, const Scheme& scheme, const GptqOptions& options)
-      : options_(options), rows_(w.rows()), cols_(w.cols()), grids_(scheme, w.rows(), w.cols()), target_(w) {
+      : options_(options),
+        rows_(w.rows()),
+        cols_(w.cols()),
+        grids_(scheme, w.rows(), w.cols()),
+        power_(options.mse.norm),
+        target_(w) {
     require(hessian.inputs() == cols_, "Hessian has ", hessian.inputs(), " inputs, expected ", cols_,
             " as w, which is ", rows_, " x ", cols_);
     require(options.damp >= 0.0 && options.damp <= options.max_damp && options.max_damp <= 1e6, "damp is ",
@@ -425,8 +430,8 @@ class GptqSweep {
       } else {
         const float* importance = weights_of_inputs_.size() == 0 ? nullptr : weights_of_inputs_.data() + i;
         grids_.set(row, group,
-                   best_shrunk_grid(grids_, range, w, importance, size, options_.mse, room.group_codes.data(),
-                                    room.group_values.data()));
+                   best_shrunk_grid(grids_, range, w, importance, size, options_.mse, power_,
+                                    room.group_codes.data(), room.group_values.data()));
       }
       load_lane(row, group);
     }
@@ -470,6 +475,7 @@ class GptqSweep {
   Eigen::Index rows_;
   Eigen::Index cols_;
   WeightGrids grids_;
+  PowerTable power_;
   RowMajorMatrix target_;  // inputs in their own order
   Eigen::MatrixXf h_;      // scaled, in the inputs' own order
   Eigen::MatrixXf d_;
