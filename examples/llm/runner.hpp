@@ -452,7 +452,7 @@ class Runner {
   Logits output(std::size_t m, ColumnOf&& column_of) {
     ProfileClock clock(options_.profile);
     for (std::size_t t = 0; t < m; ++t) normed_.col(index(t)) = x_.col(index(column_of(t)));
-    const auto last = normed_.leftCols(index(m));
+    auto last = normed_.leftCols(index(m));
     if (rotation_) rotation_->unrotate(last, options_.pool);
     nibble::rms_norm(last, model_.output_norm, h_.rms_epsilon, last);
     clock.lap(Operation::norm);
