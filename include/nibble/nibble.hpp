@@ -61,6 +61,7 @@
 #include "nibble/ptq/hadamard.hpp"
 #include "nibble/ptq/hessian.hpp"
 #include "nibble/ptq/hqq.hpp"
+#include "nibble/ptq/importance.hpp"
 #include "nibble/ptq/observers.hpp"
 #include "nibble/ptq/output_error.hpp"
 #include "nibble/ptq/recipe.hpp"

@@ -173,20 +173,29 @@ class WeightGrids {
   /// does not store is ignored: the zero point but for asymmetric, the offset but for float_offset. Throws
   /// InvalidArgument: a scale or offset that is not finite there, a zero point that is no code.
   void set(Eigen::Index row, Eigen::Index group, const Grid& grid) {
-    const std::size_t p = index(row, group);
+    const Grid g = stored(grid);
+    detail::require(storable(grid), "grid of row ", row, ", group ", group, ": scale ", grid.scale, " or offset ",
+                    grid.offset, " is not finite as ", name_of(scheme().scale_type));
+    detail::require(zeros_.empty() || (g.zero >= min_code() && g.zero <= max_code()), "grid of row ", row,
+                    ", group ", group, ": zero point is ", g.zero, ", expected ", min_code(), " to ", max_code());
+    put(index(row, group), g);
+  }
+
+  /// `grid` as set() stores it.
+  Grid stored(const Grid& grid) const noexcept {
     const ScaleType type = scheme().scale_type;
     Grid g = grid;
     g.scale = detail::round_to(type, g.scale);
     if (std::fabs(g.scale) < detail::smallest_scale(type))
       g.scale = std::copysign(detail::smallest_scale(type), g.scale);
-    if (!offsets_.empty()) g.offset = detail::round_to(type, g.offset);
-    detail::require(
-        detail::scalar::is_finite(g.scale) && (offsets_.empty() || detail::scalar::is_finite(g.offset)),
-        "grid of row ", row, ", group ", group, ": scale ", grid.scale, " or offset ", grid.offset,
-        " is not finite as ", name_of(type));
-    detail::require(zeros_.empty() || (g.zero >= min_code() && g.zero <= max_code()), "grid of row ", row,
-                    ", group ", group, ": zero point is ", g.zero, ", expected ", min_code(), " to ", max_code());
-    put(p, g);
+    g.offset = offsets_.empty() ? 0.0F : detail::round_to(type, g.offset);
+    if (zeros_.empty()) g.zero = implied_zero_;
+    return g;
+  }
+  /// Whether its scale and offset are finite then.
+  bool storable(const Grid& grid) const noexcept {
+    const Grid g = stored(grid);
+    return detail::scalar::is_finite(g.scale) && detail::scalar::is_finite(g.offset);
   }
 
   /// The grid that set(range) would store.
