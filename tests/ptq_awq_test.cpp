@@ -266,7 +266,8 @@ TEST(AwqClip, IsTheBestOfAllThatAreTried) {
        {scheme_of(Format::int4, Symmetry::asymmetric, 32), scheme_of(Format::int4, Symmetry::symmetric, 32),
         scheme_of(Format::nf4, Symmetry::symmetric, 32), scheme_of(Format::int4, Symmetry::float_offset, 0)})
     for (const ClipLoss loss : {ClipLoss::diagonal, ClipLoss::group})
-      for (const ClipEnds ends : {ClipEnds::magnitude, ClipEnds::together, ClipEnds::separately}) {
+      for (const ClipEnds ends :
+           {ClipEnds::magnitude, ClipEnds::together, ClipEnds::either, ClipEnds::separately}) {
         SCOPED_TRACE(static_cast<int>(loss) * 10 + static_cast<int>(ends));
         ClipOptions options;
         options.loss = loss;
@@ -294,7 +295,8 @@ TEST(AwqClip, IsTheBestOfAllThatAreTried) {
             double least = std::numeric_limits<double>::infinity();
             for (int i = 0; i < 10; ++i)
               for (int j = 0; j < 10; ++j) {
-                if (ends != ClipEnds::separately && j != i) continue;
+                if (ends == ClipEnds::either && i != 0 && j != 0 && j != i) continue;
+                if (ends < ClipEnds::either && j != i) continue;
                 const auto p = static_cast<float>(1.0 - i / 20.0);
                 const auto q = static_cast<float>(1.0 - j / 20.0);
                 Range range{lo * p, hi * q};

@@ -36,6 +36,7 @@ enum class ClipLoss : std::uint8_t {
 enum class ClipEnds : std::uint8_t {
   magnitude,   ///< lo and hi clamped to [-p m, p m], m the largest magnitude: AWQ's clamp of the weights
   together,    ///< [p lo, p hi]
+  either,      ///< [p lo, p hi], [p lo, hi] and [lo, p hi]
   separately,  ///< [p lo, p' hi] for all pairs p, p'; symmetric schemes need `together` only
 };
 
@@ -58,9 +59,16 @@ inline std::vector<std::pair<float, float>> clip_candidates(const ClipOptions& o
   const int steps = std::max(1, static_cast<int>(std::lround(o.max_shrink * o.grid)));
   const auto shrunk = [&](int i) { return static_cast<float>(1.0 - static_cast<double>(i) / o.grid); };
   std::vector<std::pair<float, float>> all;
-  for (int i = 0; i < steps; ++i)
-    for (int j = 0; j < (o.ends == ClipEnds::separately ? steps : 1); ++j)
-      all.emplace_back(shrunk(i), shrunk(o.ends == ClipEnds::separately ? j : i));
+  for (int i = 0; i < steps; ++i) {
+    const float p = shrunk(i);
+    all.emplace_back(p, p);
+    if (o.ends == ClipEnds::either && i != 0) {
+      all.emplace_back(p, 1.0F);
+      all.emplace_back(1.0F, p);
+    }
+    for (int j = 0; o.ends == ClipEnds::separately && j < steps; ++j)
+      if (j != i) all.emplace_back(p, shrunk(j));
+  }
   return all;
 }
 
