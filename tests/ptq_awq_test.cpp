@@ -8,6 +8,8 @@
 
 #include "nibble/core/thread_pool.hpp"
 #include "nibble/ptq/awq.hpp"
+#include "nibble/ptq/gptq.hpp"
+#include "nibble/ptq/hessian.hpp"
 #include "nibble/quantize/quantizer.hpp"
 
 namespace {
@@ -346,6 +348,39 @@ TEST(AwqClip, WholeRowsCountTheOtherGroups) {
                   Range{w.row(r).segment(32 * g, 32).minCoeff() * p, w.row(r).segment(32 * g, 32).maxCoeff() * p});
         EXPECT_GE(error(other), end * (1.0 - 1e-5));
       }
+}
+
+// Scales and ranges from here, codes from GPTQ.
+TEST(Awq, ComposesWithGptq) {
+  const Eigen::MatrixXf x = activations(96, 400, 2);
+  const RowMajorMatrix w = normal(40, 96, 1);
+  const Scheme scheme = scheme_of(Format::int4, Symmetry::asymmetric, 32);
+  const AwqScales found = awq_scales(scheme, {&w}, mean_abs_of(x), hessian_of(x));
+  RowMajorMatrix scaled = w;
+  scale_inputs(scaled, found.scales);
+  Eigen::MatrixXf inputs = x;
+  unscale_outputs(inputs, found.scales);
+  Hessian hessian(96);
+  hessian.add(inputs);
+  const Eigen::MatrixXf h = hessian.matrix();
+  const WeightGrids grids = awq_clip(scheme, scaled, h);
+  GptqOptions options;
+  options.fit_grids = [&](const RowMajorMatrix& target) {
+    EXPECT_EQ(target, scaled);
+    return grids;
+  };
+  const QuantizedTensor q = gptq(scaled, hessian, scheme, options).weights;
+  const WeightGrids kept = WeightGrids::of(q);
+  for (Index r = 0; r < 40; ++r)
+    for (Index g = 0; g < 3; ++g) {
+      EXPECT_EQ(kept.at(r, g).scale, grids.at(r, g).scale);
+      EXPECT_EQ(kept.at(r, g).zero, grids.at(r, g).zero);
+    }
+  EXPECT_LT(output_error(dequantize(q), scaled, h), output_error(grids.decode(grids.encode(scaled)), scaled, h));
+  options.fit_grids = [&](const RowMajorMatrix&) { return WeightGrids(scheme, 40, 64); };
+  EXPECT_THROW(gptq(scaled, hessian, scheme, options), InvalidArgument);
+  options.static_groups = false;
+  EXPECT_THROW(gptq(scaled, hessian, scheme, options), InvalidArgument);
 }
 
 TEST(Awq, ThreadsChangeNothing) {

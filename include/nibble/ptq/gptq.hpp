@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -46,6 +47,9 @@ struct GptqOptions {
   bool static_groups = true;
   GridFit grid_fit = GridFit::min_max;
   MseOptions mse;
+  /// Instead of both: all grids for the matrix that is to be rounded (w, or the target of two streams), with the scheme and
+  /// shape of w, e.g. awq_clip()'s. For static groups only.
+  std::function<WeightGrids(const RowMajorMatrix& target)> fit_grids = {};
   /// Where the Hessian has two streams: how much of the correction for the errors of earlier layers is applied, 0 to 1.
   /// The target becomes W + correction * W D (H + damp)^-1, see Hessian.
   double correction = 1.0;
@@ -93,6 +97,8 @@ class GptqSweep {
         grids_(scheme, w.rows(), w.cols()),
         power_(options.mse.norm),
         target_(w) {
+    require(!options.fit_grids || options.static_groups,
+            "fit_grids is given, static_groups is false, expected true");
     require(hessian.inputs() == cols_, "Hessian has ", hessian.inputs(), " inputs, expected ", cols_,
             " as w, which is ", rows_, " x ", cols_);
     require(options.damp >= 0.0 && options.damp <= options.max_damp && options.max_damp <= 1e6, "damp is ",
@@ -256,7 +262,13 @@ class GptqSweep {
 
   void fit_static() {
     const PhaseClock clock(result_.times.grids, 0.0);
-    if (options_.grid_fit == GridFit::min_max) {
+    if (options_.fit_grids) {
+      WeightGrids grids = options_.fit_grids(target_);
+      require(grids.scheme() == grids_.scheme() && grids.rows() == rows_ && grids.cols() == cols_,
+              "fit_grids gave grids of ", grids.rows(), " x ", grids.cols(),
+              ", or another scheme, expected w's: ", rows_, " x ", cols_);
+      grids_ = std::move(grids);
+    } else if (options_.grid_fit == GridFit::min_max) {
       grids_ = fit_min_max(grids_.scheme(), target_, options_.pool);
     } else {
       MseOptions mse = options_.mse;
