@@ -233,6 +233,16 @@ class TableReporter : public benchmark::BenchmarkReporter {
                   row.percent_of_limit, row.note.c_str());
       return;
     }
+    if (row.suite == "ptq") {
+      std::snprintf(title, sizeof title, "post-training quantization of %lld x %lld, %d thread%s",
+                    static_cast<long long>(row.n), static_cast<long long>(row.k), row.threads,
+                    row.threads == 1 ? "" : "s");
+      heading(title, "  phase             format           seconds   GFLOP/s  % of gemm");
+      std::printf("  %-17s %-14s %9.3f", row.kernel.c_str(), row.format.c_str(), row.seconds);
+      if (row.gops > 0) std::printf(" %9.1f %9.0f%%", row.gops, row.percent_of_limit);
+      std::printf("\n");
+      return;
+    }
     if (row.suite == "sweep_tokens" || row.suite == "sweep_shapes") {
       heading(row.suite == "sweep_tokens" ? "sweep over tokens" : "sweep over odd shapes",
               "  kernel  group isa           n x k              m     GOP/s  note");
@@ -319,7 +329,7 @@ const char usage[] =
     "  --quick             about a minute: fewer shapes, tokens and rounds\n"
     "  --json FILE         all rows\n"
     "  --svg DIR           draws roofline.svg, sweep_tokens.svg and sweep_shapes.svg (adds the sweeps)\n"
-    "  --suite LIST        of limits,gemm,quantize,sweep (limits,gemm,quantize)\n"
+    "  --suite LIST        of limits,gemm,quantize,sweep,ptq (limits,gemm,quantize)\n"
     "  --kernels LIST      of w8a8,w4a8,w4a16,w8a16,nf4,fp16,bf16,bf16_bf16,fp32,fp32_dense (all)\n"
     "  --isas LIST         names of ISAs, e.g. avx2,avx512vnni (avx2 and the best that this CPU runs)\n"
     "  --shapes LIST       such as 4096x4096,576x576: outputs x inputs\n"
@@ -387,7 +397,7 @@ void parse(int argc, char** argv) {
     if (!o.svg.empty()) o.suites.emplace_back("sweep");
   }
   for (const std::string& suite : o.suites)
-    if (suite != "limits" && suite != "gemm" && suite != "quantize" && suite != "sweep")
+    if (suite != "limits" && suite != "gemm" && suite != "quantize" && suite != "sweep" && suite != "ptq")
       fail("unknown suite '" + suite + "'");
   // Better now than after ten minutes.
   if (!o.json.empty() && !std::ofstream(o.json, std::ios::app)) fail("cannot write " + o.json);
@@ -453,6 +463,16 @@ void write_json(const std::string& path) {
         << "}";
     separator = ",\n    ";
   }
+  out << "\n  ],\n  \"ptq\": [";
+  separator = "\n    ";
+  for (const Row& row : results().rows) {
+    if (row.suite != "ptq") continue;
+    out << separator << "{\"phase\": " << quoted(row.kernel) << ", \"format\": " << quoted(row.format)
+        << ", \"n\": " << row.n << ", \"k\": " << row.k << ", \"threads\": " << row.threads
+        << ", \"seconds\": " << number(row.seconds, 6) << ", \"gflops\": " << number_or_null(row.gops)
+        << ", \"percent_of_gemm\": " << number_or_null(row.percent_of_limit) << "}";
+    separator = ",\n    ";
+  }
   out << "\n  ],\n";
   write_rows(out, "sweep_tokens", "sweep_tokens", cpu, date);
   out << ",\n";
@@ -479,6 +499,7 @@ int main(int argc, char** argv) {
   if (wanted("gemm")) bench::register_gemm();
   if (wanted("quantize")) bench::register_quantize();
   if (wanted("sweep")) bench::register_sweep();
+  if (wanted("ptq")) bench::register_ptq();
   bench::TableReporter reporter;
   benchmark::RunSpecifiedBenchmarks(&reporter);
   benchmark::Shutdown();

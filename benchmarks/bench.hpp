@@ -21,7 +21,7 @@ struct Options {
   bool quick = false;
   std::string json;                  // file, or empty
   std::string svg;                   // folder, or empty
-  std::vector<std::string> suites;   // limits, gemm, quantize, sweep
+  std::vector<std::string> suites;   // limits, gemm, quantize, sweep, ptq
   std::vector<std::string> kernels;  // empty: all
   std::vector<std::string> isas;     // empty: avx2 and the best that the machine has
   std::vector<Shape> shapes;         // empty: the suite's
@@ -73,12 +73,12 @@ double speedup(const Competitor& self, const Competitor& other);
 
 /// A line of results.
 struct Row {
-  std::string suite;  // gemm, peer, quantize, sweep_tokens, sweep_shapes
+  std::string suite;  // gemm, peer, quantize, sweep_tokens, sweep_shapes, ptq
   std::string kernel;
   std::string isa;
   std::int64_t group_size = 0;  // 0: one scale a channel, or none
   std::string symmetry;         // empty for float formats
-  std::string format;           // of the suite quantize
+  std::string format;           // of the suites quantize and ptq
   std::int64_t m = 0;
   std::int64_t n = 0;
   std::int64_t k = 0;
@@ -131,6 +131,7 @@ void register_limits();
 void register_gemm();
 void register_sweep();
 void register_quantize();
+void register_ptq();
 
 /// What an entry tells Google Benchmark: its time, and figures by name. The rows go into results().
 struct EntryReport {
