@@ -6,9 +6,12 @@
 #include <random>
 #include <vector>
 
+#include "nibble/gemm/matmul.hpp"
+#include "nibble/gemm/pack.hpp"
 #include "nibble/nn/gate.hpp"
 #include "nibble/nn/norm.hpp"
 #include "nibble/nn/rope.hpp"
+#include "nibble/quantize/quantizer.hpp"
 #include "nibble/train/attention.hpp"
 #include "nibble/train/linear.hpp"
 #include "nibble/train/rms_norm.hpp"
@@ -100,6 +103,42 @@ TEST(Linear, AddsToFewColumns) {
     EXPECT_EQ(dw, product + before) << k;
     EXPECT_EQ(Matrix(rows), product + before) << k;
   }
+}
+
+// gemm() in bfloat16 is matmul() of packed bf16 weights, whatever the orders in memory.
+TEST(Linear, Bf16ProductsAreThoseOfPackedWeights) {
+  Scheme bf16;
+  bf16.format = Format::bf16;
+  ThreadPool pool(3);
+  for (const Eigen::Index n : {1, 16, 37})
+    for (const Eigen::Index k : {1, 2, 7, 300})
+      for (const Eigen::Index m : {1, 3, 12, 29, 300}) {
+        const Matrix a = random_matrix(1, n, k), b = random_matrix(2, k, m);
+        const RowMajor ar = a, br = b;
+        MatmulOptions options;
+        options.activations = Activations::bf16;
+        Matrix want(n, m), got(n, m);
+        matmul(pack(DynamicQuantizer(bf16).quantize(a)), b, want, options);
+        options.pool = &pool;
+        gemm(a, b, got, options);
+        ASSERT_EQ(got, want) << n << " " << k << " " << m;
+        got.setZero();
+        gemm(ar, br, got, options);
+        ASSERT_EQ(got, want) << n << " " << k << " " << m;
+        options.epilogue.add(got);
+        gemm(ar, b, got, options);
+        ASSERT_EQ(got, 2.0F * want) << n << " " << k << " " << m;
+      }
+  Matrix strided = random_matrix(3, 40, 60), out(20, 15), want(20, 15);
+  const auto every_other = [](Matrix& of, Eigen::Index rows, Eigen::Index cols) {
+    return Eigen::Map<Matrix, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>(
+        of.data(), rows, cols, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>(80, 2));
+  };
+  MatmulOptions options;
+  options.activations = Activations::bf16;
+  gemm(every_other(strided, 20, 20), every_other(strided, 20, 15), out, options);
+  gemm(Matrix(every_other(strided, 20, 20)), Matrix(every_other(strided, 20, 15)), want, options);
+  EXPECT_EQ(out, want);
 }
 
 TEST(RmsNorm, Gradients) {

@@ -55,6 +55,9 @@ class BlockTrainer {
   const Hparams& hparams() const { return h_; }
   const BlockOptions& options() const { return options_; }
 
+  /// How linear layers are multiplied from now on: fp32, or bf16 (see TrainOptions).
+  void set_products(nibble::Activations products) { train_.products = products; }
+
   /// y = block(x), dim x T; valid until the next call. x must live until backward().
   const Matrix& forward(const FloatBlock& block, const Matrix& x) {
     check(block, h_);

@@ -26,6 +26,7 @@ struct AutoRoundStepOptions {
   float lr = 0.0F;                             // of the first step; 0: 1 / iterations
   float scale_lr = -1.0F;                      // of ranges; negative: as lr
   int evaluations = 3;                         // of the loss on all windows, after the first
+  bool bf16 = true;                            // products of the descent, but not those of the loss on all windows
   std::function<void(int)> done = [](int) {};  // an iteration is
 };
 
@@ -144,9 +145,11 @@ inline nibble::AutoRoundReport autoround_block(BlockTrainer& trainer, const Floa
       [&](int iteration, std::vector<nibble::RowMajorMatrix>& dw) {
         take_weights();
         for (std::size_t& i : windows) i = sampler.next();
+        trainer.set_products(options.bf16 ? nibble::Activations::bf16 : nibble::Activations::fp32);
         const double loss = loss_of(windows);
         for (std::size_t i = 0; i < matrices.size(); ++i) gradients[which[i]].swap(dw[i]);
         trainer.backward(block, x, error, gradients, wanted);
+        trainer.set_products(nibble::Activations::fp32);
         for (std::size_t i = 0; i < matrices.size(); ++i) gradients[which[i]].swap(dw[i]);
         options.done(iteration);
         return loss;

@@ -16,6 +16,9 @@ inline namespace NIBBLE_ABI {
 /// a.transpose() and b.transpose() work as they are (other expressions are evaluated first). Every output is summed by
 /// one fma a k in ascending order: the bits depend neither on the shape of the call nor on threads or ISA. c must not
 /// overlap a or b. Throws InvalidArgument where shapes do not fit.
+///
+/// options.activations = Activations::bf16 rounds a and b to bfloat16 first and sums their products in float, in the
+/// order of Bf16GemmArgs (kernels/args.hpp): about twice as fast where the CPU has AVX512-BF16.
 template <class A, class B>
 void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, MatrixRef c,
           const MatmulOptions& options = {}) {
@@ -38,6 +41,19 @@ void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, Ma
     detail::require_apart(b_in.derived(), c, "b", "c");
     if (c.size() == 0) return;
     const detail::KernelTable& kernels = detail::kernels_of(options);
+    if (options.activations == Activations::bf16) {
+      detail::PanelView w;
+      w.format = Format::bf16;
+      w.n = a.rows;
+      w.k = a.cols;
+      w.k_padded = detail::round_up(a.cols, detail::k_unit);
+      w.group_size = w.k_padded;
+      w.groups = 1;
+      w.panel_bytes = w.k_padded * detail::panel_width * 2;
+      detail::run_bf16(kernels, w, detail::ceil_div(a.rows, detail::panel_width), b, options.epilogue,
+                       detail::float_output(c), options.pool, detail::workspace_of(options), &a);
+      return;
+    }
     // A few tokens: reading a once from where it lies beats packing it.
     const bool outputs_contiguous = a.row_stride == 1;
     const bool inputs_contiguous = a.col_stride == 1 && kernels.gemv_rows != nullptr;

@@ -15,7 +15,10 @@ inline namespace NIBBLE_ABI {
 struct TrainOptions {
   ThreadPool* pool = nullptr;      ///< nullptr: the calling thread alone
   Workspace* workspace = nullptr;  ///< nullptr: memory of the call's own
-  std::optional<Isa> isa = {};     ///< empty: the best that the CPU and NIBBLE_MAX_ISA allow
+  /// fp32, or bf16: products of linear layers round their operands to bfloat16, for twice the speed where the CPU has
+  /// AVX512-BF16 (others compute the same bits, slowly).
+  Activations products = Activations::fp32;
+  std::optional<Isa> isa = {};  ///< empty: the best that the CPU and NIBBLE_MAX_ISA allow
 };
 
 namespace detail {
@@ -26,6 +29,7 @@ inline const KernelTable& kernels_of(const TrainOptions& options) {
 
 inline MatmulOptions product_options(const TrainOptions& options, const Epilogue& epilogue = {}) {
   MatmulOptions o;
+  o.activations = options.products;
   o.epilogue = epilogue;
   o.pool = options.pool;
   o.workspace = options.workspace;
