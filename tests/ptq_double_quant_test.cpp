@@ -111,14 +111,14 @@ TEST(DoubleQuant, BitsPerWeight) {
 }
 
 TEST(DoubleQuant, EverySchemeKeepsItsCodes) {
-  for (const Format format : {Format::int8, Format::int4, Format::nf4})
+  for (const Format format : {Format::int8, Format::int4, Format::nf4, Format::fp4, Format::int3, Format::int5})
     for (const Symmetry symmetry : {Symmetry::symmetric, Symmetry::asymmetric, Symmetry::float_offset})
       for (const ScaleType type : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16})
         for (const Granularity& granularity :
              {Granularity::per_group(32, 1), Granularity::per_channel(0), Granularity::per_tensor()}) {
-          if (format == Format::nf4 && symmetry != Symmetry::symmetric) continue;
-          const QuantizedTensor q =
-              gemm_test::random_quantized(scheme_of(format, symmetry, granularity, type), 9, 70, 3);
+          if (!is_integer(format) && symmetry != Symmetry::symmetric) continue;
+          const QuantizedTensor q = DynamicQuantizer(scheme_of(format, symmetry, granularity, type))
+                                        .quantize(gemm_test::random_floats(9, 70, 3));
           const DoubleQuantizedTensor d = double_quantize(q);
           EXPECT_EQ(d.tensor.scheme().scale_type, ScaleType::fp32);
           const std::vector<float> scales = d.scales.decode();

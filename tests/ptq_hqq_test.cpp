@@ -106,7 +106,7 @@ TEST(Hqq, IsTheNaiveOne) {
   // lies within 1e-15 of a half, which these numbers do not. Offsets are then the same floats.
   const RowMajorMatrix w = random_weights(7, 150, 1);
   for (const Symmetry symmetry : {Symmetry::float_offset, Symmetry::asymmetric})
-    for (const Format format : {Format::int4, Format::int8})
+    for (const Format format : {Format::int4, Format::int8, Format::int3})
       for (const std::size_t group : {0U, 64U})
         for (const ScaleType type : {ScaleType::fp32, ScaleType::fp16})
           for (const int variant : {0, 1, 2}) {
