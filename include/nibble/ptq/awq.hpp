@@ -40,11 +40,25 @@ enum class ClipEnds : std::uint8_t {
   separately,  ///< [p lo, p' hi] for all pairs p, p'; symmetric schemes need `together` only
 };
 
+/// The defaults suit whatever rounding follows. AWQ's own search is ClipEnds::magnitude. Where rounding to nearest follows,
+/// ClipLoss::row is better. INT4 groups of 64 with a zero point, errors of the outputs relative to the whole ranges', over
+/// the inputs of the first blocks of a Llama of 135 M weights (those of q k v, o, gate and up, down):
+///
+/// | loss, ends        | q k v | o    | gate, up | down |
+/// |-------------------|-------|------|----------|------|
+/// | group, magnitude  | 0.45  | 0.56 | 0.70     | 0.75 |
+/// | diagonal, either  | 0.38  | 0.74 | 0.73     | 0.74 |
+/// | group, either     | 0.34  | 0.47 | 0.65     | 0.70 |
+/// | group, separately | 0.33  | 0.45 | 0.63     | 0.69 |
+/// | row, either       | 0.26  | 0.36 | 0.49     | 0.52 |
+/// | row, separately   | 0.26  | 0.35 | 0.48     | 0.51 |
+///
+/// On other text of the same kind all are within 0.05 of that.
 struct ClipOptions {
   int grid = 20;            ///< steps of the whole range
   double max_shrink = 0.5;  ///< share of it that is tried to take away, 0 .. 1
   ClipLoss loss = ClipLoss::group;
-  ClipEnds ends = ClipEnds::magnitude;
+  ClipEnds ends = ClipEnds::either;
   int passes = 2;              ///< ClipLoss::row: times that all groups are gone through, at least 1
   ThreadPool* pool = nullptr;  ///< changes no bit
 };
