@@ -2,18 +2,22 @@
 // Clang:
 //   clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -Iinclude -isystem /usr/include/eigen3
 //   tests/fuzz_io.cpp
-// The first byte of an input chooses the format. With -DNIBBLE_FUZZ_PACKED also packed models and the conversion
-// to quantized tensors, which bring in all kernels: compiling them with the fuzzer's instrumentation takes
-// minutes.
+// The first byte of an input chooses the format. With -DNIBBLE_FUZZ_PACKED also packed models, GPTQ and AWQ checkpoints
+// and the conversion to quantized tensors, which bring in all kernels: compiling them with the fuzzer's instrumentation
+// takes minutes.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "nibble/io/gguf.hpp"
 #include "nibble/io/safetensors.hpp"
 #if defined(NIBBLE_FUZZ_PACKED)
+#include "nibble/io/awq_checkpoint.hpp"
 #include "nibble/io/gguf_quantized.hpp"
+#include "nibble/io/gptq_checkpoint.hpp"
 #include "nibble/io/packed_file.hpp"
 #endif
 
@@ -50,6 +54,31 @@ void read_packed(const nibble::Buffer& bytes) {
   for (const auto& [name, matrix] : file.matrices())
     if (matrix.rows() * matrix.cols() < 100000) (void)matrix.dequantize();
 }
+
+void expect_same(const std::vector<nibble::SafetensorsTensor>& written, const nibble::SafetensorsFile& file) {
+  for (const auto& t : written) {
+    const nibble::SafetensorsTensor* from = file.find_tensor(t.name);
+    if (from != nullptr &&
+        (from->data.size() != t.data.size() || std::memcmp(from->data.data(), t.data.data(), t.data.size()) != 0))
+      __builtin_trap();
+  }
+}
+
+// A layer "x" that is read is written back to the same bytes. The config stands in the file's metadata.
+void read_checkpoint(const nibble::Buffer& bytes) {
+  const auto file = nibble::SafetensorsFile::parse(bytes);
+  const std::string* text = file.find_metadata("config");
+  nlohmann::json json =
+      nlohmann::json::parse(text == nullptr ? "{\"bits\":4,\"group_size\":16}" : *text, nullptr, false);
+  if (!json.is_object()) return;
+  if (json.value("quant_method", nlohmann::json()) == "awq") {
+    expect_same(nibble::to_awq("x", nibble::read_awq(file, "x", nibble::parse_awq_config(json))), file);
+    return;
+  }
+  const nibble::GptqConfig config = nibble::parse_gptq_config(json);
+  const nibble::GptqVersion version = nibble::find_gptq_version(file, {"x"}, config);
+  expect_same(nibble::to_gptq("x", nibble::read_gptq(file, "x", config, version), version), file);
+}
 #endif
 
 }  // namespace
@@ -58,11 +87,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (size == 0) return 0;
   const nibble::Buffer bytes = exact_copy(data + 1, size - 1);
   try {
-    switch (data[0] % 3) {
+    switch (data[0] % 4) {
       case 0: read_gguf(bytes); break;
       case 1: (void)nibble::SafetensorsFile::parse(bytes); break;
 #if defined(NIBBLE_FUZZ_PACKED)
-      default: read_packed(bytes); break;
+      case 2: read_packed(bytes); break;
+      default: read_checkpoint(bytes); break;
 #else
       default: break;
 #endif

@@ -1,9 +1,11 @@
-// A model on disk, whichever of the two kinds it is: a GGUF, or a packed safetensors file of ours.
+// A model on disk, whichever of the three kinds it is: a GGUF, a packed safetensors file of ours, or a Hugging Face
+// folder (hf_model.hpp).
 #pragma once
 
 #include <Eigen/Core>
 #include <cstddef>
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -161,8 +163,13 @@ class PackedModelFile : public ModelFile {
   std::size_t bytes_ = 0;
 };
 
-/// Opens either kind, by what the file begins with. Throws IoError, FormatError or Unsupported.
+/// A Hugging Face folder; see hf_model.hpp.
+inline std::unique_ptr<ModelFile> open_hf_model(const std::string& folder);
+
+/// Opens any kind: a folder, or a file by what it begins with. Throws IoError, FormatError or Unsupported.
 inline std::unique_ptr<ModelFile> open_model(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) return open_hf_model(path);
   const nibble::MappedFile file = nibble::MappedFile::open(path);
   if (file.size() >= 4 && std::memcmp(file.data(), "GGUF", 4) == 0) return std::make_unique<GgufModelFile>(path);
   nibble::detail::require<nibble::FormatError>(file.size() > 8 && file.data()[8] == '{', "'", path,
@@ -171,3 +178,5 @@ inline std::unique_ptr<ModelFile> open_model(const std::string& path) {
 }
 
 }  // namespace llm
+
+#include "hf_model.hpp"  // needs what stands above, and is what open_model needs

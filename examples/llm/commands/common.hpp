@@ -160,9 +160,11 @@ inline void add_threads(CLI::App* app, Common& c) {
 }
 
 inline CLI::Option* add_model(CLI::App* app, Common& c) {
-  return app->add_option("model", c.model, "A GGUF, or a packed .safetensors made by nibble quantize")
+  return app
+      ->add_option("model", c.model,
+                   "A GGUF, a packed .safetensors made by nibble quantize, or a Hugging Face folder")
       ->required()
-      ->check(CLI::ExistingFile);
+      ->check(CLI::ExistingPath);
 }
 
 /// A subcommand; `run` is called once all of the command line is understood.

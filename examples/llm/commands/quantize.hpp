@@ -1,6 +1,7 @@
 // nibble quantize: a model in another format.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -65,6 +66,23 @@ inline std::string table_of(const PtqResult& result) {
   return text;
 }
 
+/// Tells models apart: of a file, or of all files of a folder.
+inline std::string fingerprint_of_model(const std::string& path) {
+  std::vector<std::string> files = {path};
+  if (std::filesystem::is_directory(path)) {
+    files.clear();
+    for (const auto& entry : std::filesystem::directory_iterator(path))
+      if (entry.is_regular_file()) files.push_back(entry.path().string());
+    std::sort(files.begin(), files.end());
+  }
+  std::string text;
+  for (const std::string& file : files) {
+    const nibble::MappedFile bytes = nibble::MappedFile::open(file);
+    text += (text.empty() ? "" : "-") + std::to_string(fingerprint(bytes.data(), bytes.size()));
+  }
+  return text;
+}
+
 /// Block by block, with whatever the method needs.
 inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, const Method& method) {
   nibble::detail::require(!wants_gguf(a.out), "method '", a.method, "' writes packed files only, not '", a.out,
@@ -82,8 +100,7 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
   options.rounding = a.rounding;
   options.resume = a.resume.empty() ? a.out + ".resume" : a.resume;
   options.state_seconds = a.state_seconds;
-  const nibble::MappedFile bytes = nibble::MappedFile::open(c.model);
-  options.identity = {{"model", std::to_string(fingerprint(bytes.data(), bytes.size()))}, {"method", a.method}};
+  options.identity = {{"model", fingerprint_of_model(c.model)}, {"method", a.method}};
   options.plan_of = [&](const TensorInfo& t) {
     const std::optional<FormatSpec> format = quantize_detail::format_for(plan, t);
     MatrixPlan p;

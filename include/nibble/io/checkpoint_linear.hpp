@@ -33,9 +33,9 @@ namespace detail {
 
 /// Which integer format has so many bits. Throws Unsupported.
 inline Format checkpoint_format(unsigned bits, std::string_view what) {
-  if (bits == 4) return Format::int4;
-  if (bits == 8) return Format::int8;
-  raise<Unsupported>(concat(what, ": ", bits, " bits a weight are not supported (4 and 8 are)"));
+  for (const Format f : {Format::int2, Format::int3, Format::int4, Format::int8})
+    if (bits_of(f) == bits) return f;
+  raise<Unsupported>(concat(what, ": ", bits, " bits a weight are not supported (2, 3, 4 and 8 are)"));
 }
 
 /// What is added to an unsigned code of a checkpoint to give ours: int8 is stored around 0.
