@@ -76,7 +76,7 @@ TEST_F(Program, BadArgumentsGetOneLineAndStatus2) {
                                 "perplexity " + model + " " + model + " --context 1",
                                 "quantize " + model + " out.bin --format int4",
                                 "quantize " + model + " out.gguf",
-                                "quantize " + model + " out.safetensors --format int3",
+                                "quantize " + model + " out.safetensors --format int9",
                                 "quantize " + model + " out.safetensors --format int4 --group 17",
                                 "quantize " + model + " out.safetensors --format int4 --keep '['",
                                 "quantize " + model + " out.safetensors --format int4 --method magic",

@@ -60,6 +60,8 @@ class Ptq : public ::testing::Test {
     o.windows = some_windows(4, 24);
     o.resume = folder_ / "resume";
     o.state_seconds = 0.0;
+    o.autoround.iterations = 4;
+    o.autoround.batch = 2;
     return o;
   }
 
@@ -78,16 +80,16 @@ class Ptq : public ::testing::Test {
 };
 
 TEST(PtqMethod, ReadsSteps) {
-  const Method m = llm::parse_method("rotate+awq+gptq+autoround+bias");
-  EXPECT_TRUE(m.rotate && m.awq && m.autoround && m.bias);
-  EXPECT_FALSE(m.equalize || m.smoothquant || m.tune || m.llm_int8);
+  const Method m = llm::parse_method("rotate+awq+gptq+autoround");
+  EXPECT_TRUE(m.rotate && m.awq && m.autoround);
+  EXPECT_FALSE(m.equalize || m.smoothquant || m.tune || m.llm_int8 || m.bias);
   EXPECT_EQ(m.rounding, llm::Rounding::gptq);
   EXPECT_TRUE(llm::parse_method("rtn").is_plain());
   EXPECT_FALSE(llm::parse_method("hqq").needs_calibration());
   EXPECT_TRUE(llm::parse_method("awq").needs_calibration());
   EXPECT_EQ(llm::parse_method("awq").rounding, llm::Rounding::rtn);
   for (const char* bad : {"", "magic", "gptq+", "+gptq", "gptq+awq", "gptq+gptq", "gptq+hqq", "tune+gptq",
-                          "gptq+tune", "autoround+gptq", "GPTQ"})
+                          "gptq+tune", "autoround+gptq", "gptq+bias+autoround", "GPTQ"})
     EXPECT_THROW(llm::parse_method(bad), nibble::InvalidArgument) << bad;
 }
 
@@ -160,7 +162,9 @@ TEST_P(PtqMethods, AKilledRunEndsInTheSameBits) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, PtqMethods, ::testing::Values("rtn", "mse"),
+INSTANTIATE_TEST_SUITE_P(All, PtqMethods,
+                         ::testing::Values("mse", "importance", "hqq", "gptq", "equalize+rtn", "smoothquant+mse",
+                                           "awq", "awq+gptq", "rtn+autoround", "gptq+autoround"),
                          [](const ::testing::TestParamInfo<const char*>& method) {
                            std::string name = method.param;
                            for (char& c : name)

@@ -26,6 +26,7 @@ struct CompareRow {
   std::string format;
   double file_bytes = 0.0;
   double resident_bytes = 0.0;
+  double quantize_seconds = 0.0;  // 0: rounded to nearest, not timed
   double load_seconds = 0.0;
   double perplexity = 0.0;
   double change_percent = 0.0;  // against fp32, or the first row where there is none
@@ -105,11 +106,11 @@ inline std::string compare_csv(const std::vector<CompareRow>& rows) {
 inline std::string compare_table(const std::vector<CompareRow>& rows) {
   std::string table;
   char line[512];
-  std::snprintf(line, sizeof line, "%-20s %10s %12s %8s %11s %9s %11s %11s\n", "format", "file MiB",
+  std::snprintf(line, sizeof line, "%-32s %10s %12s %8s %11s %9s %11s %11s\n", "format", "file MiB",
                 "resident MiB", "load s", "perplexity", "change", "prompt t/s", "decode t/s");
   table += line;
   for (const CompareRow& r : rows) {
-    std::snprintf(line, sizeof line, "%-20s %10.1f %12.1f %8.3f %11.3f %+8.2f%% %11.1f %11.1f\n", r.format.c_str(),
+    std::snprintf(line, sizeof line, "%-32s %10.1f %12.1f %8.3f %11.3f %+8.2f%% %11.1f %11.1f\n", r.format.c_str(),
                   r.file_bytes / 1048576.0, r.resident_bytes / 1048576.0, r.load_seconds, r.perplexity,
                   r.change_percent, r.prompt_tokens_per_second, r.decode_tokens_per_second);
     table += line;
@@ -123,6 +124,7 @@ inline nlohmann::json compare_json(const std::vector<CompareRow>& rows) {
     json.push_back({{"format", r.format},
                     {"file_bytes", r.file_bytes},
                     {"resident_bytes", r.resident_bytes},
+                    {"quantize_seconds", r.quantize_seconds},
                     {"load_seconds", r.load_seconds},
                     {"perplexity", r.perplexity},
                     {"change_percent", r.change_percent},
@@ -134,7 +136,7 @@ inline nlohmann::json compare_json(const std::vector<CompareRow>& rows) {
 inline std::string compare_svg(const std::vector<CompareRow>& rows, const std::string& model) {
   std::vector<PlotPoint> points;
   for (const CompareRow& r : rows) points.push_back({r.file_bytes / 1048576.0, r.perplexity, r.format});
-  return scatter_svg(model + ": size and perplexity", "file, MiB", "perplexity", points);
+  return scatter_svg(model + ": size and perplexity", "file, MiB", "perplexity", points, pareto_front(points));
 }
 
 }  // namespace llm

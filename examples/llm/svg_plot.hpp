@@ -64,8 +64,19 @@ inline Axis axis_over(double low, double high) {
 
 }  // namespace svg_detail
 
+/// Those of the points that no other beats in both x and y (less is better), by x.
+inline std::vector<PlotPoint> pareto_front(std::vector<PlotPoint> points) {
+  std::stable_sort(points.begin(), points.end(),
+                   [](const PlotPoint& a, const PlotPoint& b) { return a.x < b.x || (a.x == b.x && a.y < b.y); });
+  std::vector<PlotPoint> front;
+  for (const PlotPoint& p : points)
+    if (std::isfinite(p.x) && std::isfinite(p.y) && (front.empty() || p.y < front.back().y)) front.push_back(p);
+  return front;
+}
+
+/// `front`: points that a line joins.
 inline std::string scatter_svg(const std::string& title, const std::string& x_title, const std::string& y_title,
-                               const std::vector<PlotPoint>& points) {
+                               const std::vector<PlotPoint>& points, const std::vector<PlotPoint>& front = {}) {
   using svg_detail::number;
   constexpr double width = 760.0, height = 480.0, left = 80.0, right = 30.0, top = 50.0, bottom = 60.0;
   double x_low = 0.0, x_high = 1.0, y_low = 0.0, y_high = 1.0;
@@ -109,6 +120,8 @@ inline std::string scatter_svg(const std::string& title, const std::string& x_ti
   line(left, top, left, height - bottom, "#333");
   text((left + width - right) / 2, height - 16, "text-anchor=\"middle\"", x_title);
   text(20, (top + height - bottom) / 2, "text-anchor=\"middle\" transform=\"rotate(-90 20 235)\"", y_title);
+  for (std::size_t i = 1; i < front.size(); ++i)
+    line(px(front[i - 1].x), py(front[i - 1].y), px(front[i].x), py(front[i].y), "#d08a2e");
   for (const PlotPoint& p : points) {
     if (!std::isfinite(p.x) || !std::isfinite(p.y)) continue;
     svg += "<circle cx=\"" + number(px(p.x)) + "\" cy=\"" + number(py(p.y)) + "\" r=\"4.5\" fill=\"#1f6fb4\"/>\n";

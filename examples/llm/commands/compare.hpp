@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../compare.hpp"
+#include "../ptq/method.hpp"
 #include "../progress.hpp"
 #include "../quantize_model.hpp"
 #include "common.hpp"
@@ -22,13 +23,26 @@ struct CompareArguments {
   std::size_t windows = 16;
   std::size_t prompt = 512;
   std::size_t decode = 64;
+  std::string calibration;
+  std::size_t calibration_windows = 64;
   std::string csv;
   std::string svg;
 };
 
 inline void compare(const Common& c, const CompareArguments& a) {
   std::vector<QuantizePlan> plans;
-  for (const std::string& f : a.formats) {
+  std::vector<std::string> methods;  // empty: rounded to nearest, here
+  for (const std::string& entry : a.formats) {
+    const std::size_t colon = entry.find(':');
+    const std::string f = entry.substr(0, colon);
+    methods.push_back(colon == std::string::npos ? "" : entry.substr(colon + 1));
+    if (!methods.back().empty()) {
+      const Method method = parse_method(methods.back());
+      nibble::detail::require(f != "same" && !method.tune, "format '", entry, "': '", f, "' and '", methods.back(),
+                              "' do not go together");
+      nibble::detail::require(!method.needs_calibration() || !a.calibration.empty(), "method '", methods.back(),
+                              "' needs a text: --calibration FILE");
+    }
     plans.emplace_back();
     if (f == "same")
       plans.back().keep.push_back(parse_keep(".*=same"));
@@ -46,7 +60,18 @@ inline void compare(const Common& c, const CompareArguments& a) {
     CompareRow row;
     row.format = a.formats[i];
     const std::string path = (folder.path() / "model.safetensors").string();
-    {
+    if (!methods[i].empty()) {
+      std::vector<std::string> arguments = {
+          "quantize", c.model,    path,        "--format", row.format.substr(0, row.format.find(':')),
+          "--method", methods[i], "--threads", threads};
+      if (!a.calibration.empty())
+        arguments.insert(arguments.end(),
+                         {"--calibration", a.calibration, "--windows", std::to_string(a.calibration_windows),
+                          "--context", std::to_string(a.context)});
+      std::fprintf(stderr, "%s: quantize\n", row.format.c_str());
+      row.quantize_seconds =
+          run_self(std::move(arguments), folder.path() / "result.json").at("seconds").get<double>();
+    } else {
       nibble::ThreadPool pool(c.threads);
       Progress progress(row.format + ": quantize", file->tensors().size());
       quantize_to_packed(*file, path, plans[i], &pool, [&](const std::string&) { progress.step(); });
@@ -90,9 +115,11 @@ inline void add_compare(CLI::App& app, Common& c, std::function<void()>& action)
   add_model(command, c);
   command->add_option("text", a->text, "A text file for the perplexity")->required()->check(CLI::ExistingFile);
   command
-      ->add_option(
-          "--formats", a->formats,
-          "Formats, separated by commas: 'same' (the weights as they are) or " + std::string(format_spec_help()))
+      ->add_option("--formats", a->formats,
+                   "Formats, separated by commas, each with a method of nibble quantize behind a colon if it is "
+                   "not to be rounded "
+                   "to nearest (int4-g64:gptq): 'same' (the weights as they are) or " +
+                       std::string(format_spec_help()))
       ->delimiter(',')
       ->allow_extra_args(false);
   a->formats = {"fp32", "fp16", "int8", "int4-g32", "int4-g128-sym", "nf4"};
@@ -102,10 +129,17 @@ inline void add_compare(CLI::App& app, Common& c, std::function<void()>& action)
   command->add_option("--windows", a->windows, "Windows of the text")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 24))
       ->capture_default_str();
+  command->add_option("--calibration", a->calibration, "A text for the methods that look at activations")
+      ->check(CLI::ExistingFile);
+  command->add_option("--calibration-windows", a->calibration_windows, "Windows of it")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 24))
+      ->capture_default_str();
   command->add_option("--prompt", a->prompt, "Tokens of the timed prompt")->capture_default_str();
   command->add_option("--decode", a->decode, "Tokens to decode")->capture_default_str();
   command->add_option("--csv", a->csv, "Write the table as CSV");
-  command->add_option("--svg", a->svg, "Write a plot of size against perplexity");
+  command->add_option(
+      "--svg", a->svg,
+      "Write a plot of size against perplexity, with the line of those that no other beats in both");
   add_threads(command, c);
   add_common(command, c, true);
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -12,6 +13,8 @@
 #include "../progress.hpp"
 #include "../ptq/calibration.hpp"
 #include "../ptq/pipeline.hpp"
+#include "../ptq/recipes.hpp"
+#include "../ptq/tuner.hpp"
 #include "../quantize_model.hpp"
 #include "common.hpp"
 
@@ -28,12 +31,20 @@ struct QuantizeArguments {
   bool float_offset = false;
   std::vector<std::string> keep;
   std::string calibration;
-  std::size_t windows = 64;
-  std::size_t context = 512;
+  WindowOptions windows;
   std::uint64_t seed = 0;
+  std::string recipe;
+  std::string recipe_out;
+  TuneGoal goal;
+  std::string max_loss;
+  TunerOptions tuner;
+  std::optional<std::size_t> static_group;
   std::string resume;
   double state_seconds = 20.0;
   RoundingOptions rounding;
+  TransformOptions transforms;
+  AutoRoundStepOptions autoround;
+  std::size_t double_quant = 0;
 };
 
 inline QuantizePlan plan_of(const QuantizeArguments& a) {
@@ -49,10 +60,11 @@ inline QuantizePlan plan_of(const QuantizeArguments& a) {
 }
 
 /// Windows of the calibration text.
-inline std::vector<std::vector<Token>> windows_of(const ModelFile& file, const QuantizeArguments& a) {
-  if (a.calibration.empty()) return {};
-  const std::vector<Token> tokens = Tokenizer(file.vocabulary()).encode(read_text(a.calibration));
-  return calibration_windows(tokens, a.windows, a.context, a.seed);
+inline std::vector<std::vector<Token>> windows_of(const ModelFile& file, const std::string& text,
+                                                  const WindowOptions& windows, std::uint64_t seed) {
+  if (text.empty()) return {};
+  const std::vector<Token> tokens = Tokenizer(file.vocabulary()).encode(read_text(text));
+  return calibration_windows(tokens, windows.windows, windows.context, seed);
 }
 
 inline std::string table_of(const PtqResult& result) {
@@ -83,31 +95,114 @@ inline std::string fingerprint_of_model(const std::string& path) {
   return text;
 }
 
+/// The recipe that the tuner makes of a goal, into `options`; how it came about, for the report.
+inline nlohmann::json tune_model(const ModelFile& file, const QuantizeArguments& a, PtqOptions& options) {
+  const int goals =
+      (a.goal.bits > 0.0 ? 1 : 0) + (a.goal.size_mib > 0.0 ? 1 : 0) + (a.goal.max_loss > 0.0 ? 1 : 0);
+  nibble::detail::require(goals == 1, "method 'tune' needs one of --bits, --size-mib and --max-loss");
+  TunerOptions tuning = a.tuner;
+  tuning.pool = options.pool;
+  tuning.embedding = a.goal.bits <= 0.0;
+  std::vector<Sensitivity> measured;
+  {
+    const std::size_t matrices = file.hparams().layers * block_matrices.size() + (tuning.embedding ? 1 : 0);
+    Progress progress("tune", matrices);
+    tuning.done = [&](const std::string& what) { progress.step(what); };
+    measured = Tuner(file, options.windows, tuning).measure();
+  }
+  std::size_t other = 0;
+  for (const TensorInfo& t : file.tensors()) {
+    bool among = false;
+    for (const Sensitivity& s : measured) among = among || s.name == t.name;
+    if (among) continue;
+    other += t.is_matrix() ? nibble::quantized_bytes(file.scheme(t.name), t.shape[0], t.shape[1])
+                           : nibble::detail::element_count(t.shape) * sizeof(float);
+  }
+  const TunePlan chosen = choose(measured, a.goal, other);
+  std::printf("tune: %.3f bits a block weight, predicted divergence %.4f (no choice is below %.4f)%s\n",
+              chosen.bits, chosen.result.loss, chosen.result.bound,
+              chosen.result.proven ? "" : ", not proven optimal");
+  Method gptq;
+  gptq.rounding = Rounding::gptq;
+  options.method = gptq;
+  options.plan_of = [chosen, gptq](const TensorInfo& t) {
+    MatrixPlan p;
+    p.method = gptq;
+    for (const auto& entry : chosen.schemes)
+      if (entry.first == t.name) p.scheme = entry.second;
+    return p;
+  };
+  nlohmann::json sensitivities = nlohmann::json::array();
+  for (std::size_t i = 0; i < measured.size(); ++i)
+    sensitivities.push_back({{"name", measured[i].name},
+                             {"divergence", measured[i].divergence},
+                             {"chosen", chosen.schemes[i].second ? name_of(*chosen.schemes[i].second) : "same"}});
+  return {{"bits", chosen.bits},
+          {"bytes", chosen.result.bytes + (a.goal.bits > 0.0 ? 0 : other)},
+          {"predicted", chosen.result.loss},
+          {"bound", chosen.result.bound},
+          {"proven", chosen.result.proven},
+          {"sensitivities", sensitivities}};
+}
+
 /// Block by block, with whatever the method needs.
 inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, const Method& method) {
-  nibble::detail::require(!wants_gguf(a.out), "method '", a.method, "' writes packed files only, not '", a.out,
-                          "'");
-  nibble::detail::require(!method.needs_calibration() || !a.calibration.empty(), "method '", a.method,
-                          "' needs a text: --calibration FILE");
-  const QuantizePlan plan = plan_of(a);
+  using nibble::detail::require;
+  require(!wants_gguf(a.out), "method '", a.method, "' writes packed files only, not '", a.out, "'");
+  require(!method.needs_calibration() || !a.calibration.empty(), "method '", a.method,
+          "' needs a text: --calibration FILE");
+  require(!a.static_group || !a.calibration.empty(), "--static-activations needs a text: --calibration FILE");
+  require(!a.recipe.empty() || method.tune || !a.format.empty(), "--format is missing");
   const auto file = open_model(c.model);
   nibble::ThreadPool pool(c.threads);
   const double start = limits_detail::seconds_now();
   PtqOptions options;
+  WindowOptions windows = a.windows;
   options.method = method;
-  options.windows = windows_of(*file, a);
   options.pool = &pool;
   options.rounding = a.rounding;
+  options.transforms = a.transforms;
+  options.autoround = a.autoround;
+  options.seed = options.autoround.seed = a.seed;
+  options.static_group = a.static_group;
   options.resume = a.resume.empty() ? a.out + ".resume" : a.resume;
   options.state_seconds = a.state_seconds;
-  options.identity = {{"model", fingerprint_of_model(c.model)}, {"method", a.method}};
-  options.plan_of = [&](const TensorInfo& t) {
-    const std::optional<FormatSpec> format = quantize_detail::format_for(plan, t);
-    MatrixPlan p;
-    p.method = method;
-    if (format) p.scheme = scheme_of(*format);
-    return p;
-  };
+  const std::string model = fingerprint_of_model(c.model);
+  const std::string text = a.calibration.empty() ? std::string() : read_text(a.calibration);
+  const std::string text_print = hex(fingerprint(text.data(), text.size()));
+  nlohmann::json tuned;
+  if (!a.recipe.empty()) {
+    const nibble::Recipe recipe = nibble::read_recipe(a.recipe);
+    follow(recipe, *file, options, windows);
+    for (const auto& input : recipe.inputs)
+      if ((input.first == "model" && input.second != model) ||
+          (input.first == "calibration" && input.second != text_print))
+        std::fprintf(stderr, "nibble: the recipe was made with another %s: the result will differ\n",
+                     input.first.c_str());
+    bool needed = options.method.needs_calibration();
+    for (const TensorInfo& t : file->tensors())
+      if (t.is_matrix()) needed = needed || options.plan_of(t).method.needs_calibration();
+    require(!needed || !a.calibration.empty(), "the recipe needs a text: --calibration FILE");
+  } else if (!method.tune) {
+    const QuantizePlan plan = plan_of(a);
+    options.plan_of = [plan, method, &a](const TensorInfo& t) {
+      const std::optional<FormatSpec> format = quantize_detail::format_for(plan, t);
+      MatrixPlan p;
+      p.method = method;
+      p.double_quant_block = a.double_quant;
+      if (format) p.scheme = scheme_of(*format);
+      return p;
+    };
+  }
+  options.windows = windows_of(*file, a.calibration, windows, options.seed);
+  if (a.recipe.empty() && method.tune) tuned = tune_model(*file, a, options);
+  options.identity = {{"model", model}};
+  if (!a.recipe_out.empty()) {
+    nibble::Recipe recipe = recipe_of(*file, options, windows);
+    recipe.inputs["model"] = model;
+    if (!a.calibration.empty()) recipe.inputs["calibration"] = text_print;
+    nibble::write_recipe(a.recipe_out, recipe);
+  }
   PtqResult result;
   {
     PtqPipeline pipeline(*file, options);
@@ -124,9 +219,10 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
   std::fputs(table_of(result).c_str(), stdout);
   std::string phases;
   for (const auto& phase : result.phases.spent()) {
-    char text[64];
-    std::snprintf(text, sizeof text, "%s%s %.1f s", phases.empty() ? "" : ", ", phase.first.c_str(), phase.second);
-    phases += text;
+    char spent[64];
+    std::snprintf(spent, sizeof spent, "%s%s %.1f s", phases.empty() ? "" : ", ", phase.first.c_str(),
+                  phase.second);
+    phases += spent;
   }
   std::printf(
       "%s: %zu matrices by %s, %.1f MiB -> %.1f MiB (file %.1f MiB) in %.1f s (%s), peak memory %.0f MiB\n",
@@ -136,12 +232,13 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
   for (const TensorReport& t : result.tensors) tensors.push_back(t.to_json());
   write_json(c, {{"model", c.model},
                  {"output", a.out},
-                 {"format", a.format.empty() ? "" : name_of(scheme_of(plan.format))},
-                 {"method", a.method},
+                 {"format", a.format},
+                 {"method", a.recipe.empty() ? a.method : "recipe"},
                  {"windows", options.windows.size()},
-                 {"context", a.context},
-                 {"seed", a.seed},
-                 {"options", a.rounding.to_json()},
+                 {"context", windows.context},
+                 {"seed", options.seed},
+                 {"options", options.rounding.to_json()},
+                 {"tune", tuned},
                  {"tensors", file->tensors().size()},
                  {"quantized", result.tensors.size()},
                  {"matrices", tensors},
@@ -154,9 +251,19 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
                  {"seconds", seconds}});
 }
 
-inline void quantize(const Common& c, const QuantizeArguments& a) {
+inline void quantize(const Common& c, QuantizeArguments a) {
+  if (!a.max_loss.empty()) {
+    const bool percent = a.max_loss.back() == '%';
+    char* end = nullptr;
+    a.goal.max_loss = std::strtod(a.max_loss.c_str(), &end) / (percent ? 100.0 : 1.0);
+    nibble::detail::require(*end == (percent ? '%' : '\0') && a.goal.max_loss > 0.0 && a.goal.max_loss < 100.0,
+                            "--max-loss '", a.max_loss, "': expected a share like 1% or 0.01");
+  }
   const Method method = parse_method(a.method);
-  if (!method.is_plain() || !a.calibration.empty()) return quantize_by_blocks(c, a, method);
+  if (!a.recipe.empty() || a.static_group || !a.recipe_out.empty() || !method.is_plain() ||
+      !a.calibration.empty() || a.double_quant != 0)
+    return quantize_by_blocks(c, a, method);
+  nibble::detail::require(!a.format.empty(), "--format is missing");
   const QuantizePlan plan = plan_of(a);
   const bool gguf = wants_gguf(a.out);
   const auto file = open_model(c.model);
@@ -197,8 +304,7 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
       "extension; a GGUF that could not decode to exactly the same values is refused.");
   add_model(command, c);
   command->add_option("out", a->out, "The file to write: .safetensors (packed) or .gguf")->required();
-  command->add_option("--format", a->format, std::string("Format of the weights: ") + format_spec_help())
-      ->required();
+  command->add_option("--format", a->format, std::string("Format of the weights: ") + format_spec_help());
   command->add_option("--group", a->group, "Inputs that share a scale, a multiple of 16; 0: a scale a row");
   CLI::Option* symmetric = command->add_flag("--symmetric", a->symmetric, "No zero point");
   command->add_flag("--float-offset", a->float_offset, "A float offset instead of an integer zero point (Q4_1)")
@@ -207,10 +313,10 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
   command->add_option("--method", a->method, method_help())->capture_default_str();
   command->add_option("--calibration", a->calibration, "A text for the methods that look at activations")
       ->check(CLI::ExistingFile);
-  command->add_option("--windows", a->windows, "Windows of the calibration text")
+  command->add_option("--windows", a->windows.windows, "Windows of the calibration text")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 24))
       ->capture_default_str();
-  command->add_option("--context", a->context, "Tokens of a window")
+  command->add_option("--context", a->windows.context, "Tokens of a window")
       ->check(CLI::Range(std::size_t{2}, std::size_t{1} << 20))
       ->capture_default_str();
   command->add_option("--seed", a->seed, "Where the windows lie; 0: evenly spaced")->capture_default_str();
@@ -224,15 +330,20 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
   command
       ->add_option("--correction", a->rounding.correction,
                    "How much of the error of earlier layers a matrix makes up for, 0 to 1")
-      ->check(CLI::Range(0.0F, 1.0F))
+      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command
       ->add_option("--residual", a->rounding.residual,
                    "The same for the error of the residual stream, which output and down add to")
-      ->check(CLI::Range(0.0F, 1.0F))
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command
+      ->add_option("--max-change", a->rounding.max_change,
+                   "Most that these two may change a matrix, a share of its norm")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--damp", a->rounding.damp, "Damping of the Hessian, a share of its mean diagonal")
-      ->check(CLI::Range(0.0F, 1.0F))
+      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command
       ->add_option(
@@ -240,6 +351,45 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
           "REGEX=FORMAT: tensors whose name matches get FORMAT ('same': as it is). May be repeated; the first "
           "that matches decides")
       ->allow_extra_args(false);
+  command->add_flag("--act-order,!--no-act-order", a->rounding.act_order,
+                    "GPTQ: inputs of large activations first");
+  command
+      ->add_option("--grids", a->rounding.grids, "GPTQ: ranges by smallest and largest weight, or by least error")
+      ->check(CLI::IsMember({"min-max", "mse", "weighted-mse"}))
+      ->capture_default_str();
+  command->add_option("--iterations", a->autoround.iterations, "AutoRound: steps a block")
+      ->check(CLI::Range(0, 100000))
+      ->capture_default_str();
+  command->add_option("--batch", a->autoround.batch, "AutoRound: windows of a step")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--lr", a->autoround.lr, "AutoRound: length of the first step; 0: 1 / iterations")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--smooth-alpha", a->transforms.smooth_alpha, "SmoothQuant: how much of the spread moves")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command
+      ->add_option("--recipe", a->recipe, "Replay a recipe: format and method of every matrix, and all settings")
+      ->check(CLI::ExistingFile);
+  command->add_option("--recipe-out", a->recipe_out, "Write the recipe of this run (JSON)");
+  command->add_option("--bits", a->goal.bits, "tune: bits of a block weight, scales included")
+      ->check(CLI::PositiveNumber);
+  command->add_option("--size-mib", a->goal.size_mib, "tune: MiB of all tensors, the embedding among them")
+      ->check(CLI::PositiveNumber);
+  command->add_option("--max-loss", a->max_loss, "tune: most that the perplexity may grow, e.g. 1%");
+  command->add_option("--tune-windows", a->tuner.windows, "tune: windows that sensitivities are measured on")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20))
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--static-activations", a->static_group,
+          "Static INT8 activations: a scale for each so many inputs, 0: one for all, from the largest seen")
+      ->check(CLI::Range(std::size_t{0}, std::size_t{1} << 20));
+  command
+      ->add_option("--double-quant", a->double_quant,
+                   "Scales in eight bits, in blocks of so many (256); the packed file holds them decoded")
+      ->check(CLI::Range(std::size_t{0}, std::size_t{1} << 20));
   add_threads(command, c);
   add_common(command, c, false);
 }

@@ -44,6 +44,8 @@ struct Method {
   bool tune = false;
 
   bool transforms() const { return rotate || equalize || smoothquant || awq; }
+  /// Transforms that each block goes through on its own.
+  bool moves_factors() const { return equalize || smoothquant || awq; }
   /// Whether a text must be read to run it.
   bool needs_calibration() const {
     return smoothquant || awq || autoround || bias || tune || rounding == Rounding::importance ||
@@ -94,6 +96,7 @@ inline Method parse_method(std::string_view text) {
     if (!seen.empty() && (step->phase == 3 || phase == 3))
       bad("'" + std::string(word) + "' goes with no other step");
     if (step->phase < phase) bad("'" + std::string(word) + "' comes too late");
+    if (step->phase == 2 && phase == 2) bad("autoround and bias do not go together");
     if (step->phase == 1 && phase == 1) bad("only one rounding is possible");
     phase = step->phase;
     seen.push_back(word);

@@ -51,21 +51,24 @@ struct TensorReport {
   std::string method;
   double weight_error = 0.0;  // |Q - W|^2 / |W|^2
   double output_error = 0.0;  // |(Q - W) X~|^2 / |W X~|^2 over the calibration tokens; 0 where there are none
-  std::string note;           // what went otherwise than asked
+  std::size_t bytes = 0;      // codes, scales and zero points
+  std::string note{};         // what went otherwise than asked
 
   nlohmann::json to_json() const {
     nlohmann::json json = {{"name", name},
                            {"format", format},
                            {"method", method},
                            {"weight_error", weight_error},
-                           {"output_error", output_error}};
+                           {"output_error", output_error},
+                           {"bytes", bytes}};
     if (!note.empty()) json["note"] = note;
     return json;
   }
   static TensorReport of(const nlohmann::json& json) {
     return {json.at("name").get<std::string>(),    json.at("format").get<std::string>(),
             json.at("method").get<std::string>(),  json.at("weight_error").get<double>(),
-            json.at("output_error").get<double>(), json.value("note", std::string())};
+            json.at("output_error").get<double>(), json.at("bytes").get<std::size_t>(),
+            json.value("note", std::string())};
   }
 };
 
