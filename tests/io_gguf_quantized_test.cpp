@@ -8,6 +8,7 @@
 
 #include "io_test_support.hpp"
 #include "nibble/io/gguf_quantized.hpp"
+#include "nibble/quantize/quantizer.hpp"
 
 namespace {
 
@@ -95,6 +96,9 @@ TEST(GgufQuantized, EveryTypeKeepsItsValues) {
   scalar.rank = 0;
   EXPECT_EQ(to_quantized(scalar).rank(), 0U);
   expect_values(to_quantized(scalar), scalar);
+  // At their own size.
+  EXPECT_EQ(to_quantized(random_tensor(GgufType::q5_1, 512, 7)).codes().size(), 7U * 512 * 5 / 8);
+  EXPECT_EQ(to_quantized(random_tensor(GgufType::q6_k, 512, 7)).codes().size(), 7U * 512 * 6 / 8);
   expect_error<Unsupported>([] { nibble::gguf_scheme(GgufType::q2_k); }, {"Q2_K"});
   expect_error<Unsupported>([] { nibble::gguf_scheme(GgufType{99}); }, {"99"});
 }
@@ -217,6 +221,22 @@ TEST(GgufQuantized, SchemesThatAreNotGgufsOwnAreExactOrRefused) {
   expect_exact(
       make({Format::nf4, Symmetry::symmetric, G::per_group(64), ScaleType::fp16, false}, 3, 64, nibbles, good),
       GgufType::f32);
+
+  // Fewer bits: what their codes fit into.
+  const auto fewer = [&](Format f, Symmetry s) {
+    nibble::Scheme scheme{f, s, G::per_group(32), ScaleType::fp16, false};
+    const Eigen::MatrixXf w = Eigen::MatrixXf::Random(3, 96);
+    return nibble::DynamicQuantizer(scheme).quantize(w);
+  };
+  for (const Format f : {Format::int2, Format::int3}) {
+    expect_exact(fewer(f, Symmetry::symmetric), GgufType::q4_0);
+    expect_exact(fewer(f, Symmetry::asymmetric), GgufType::q4_0);
+    expect_exact(fewer(f, Symmetry::float_offset), GgufType::q4_1);
+  }
+  for (const Format f : {Format::int5, Format::int6}) {
+    expect_exact(fewer(f, Symmetry::symmetric), GgufType::q8_0);
+    expect_exact(fewer(f, Symmetry::float_offset), GgufType::f32);
+  }
 
   const QuantizedTensor t =
       make(int4(Symmetry::symmetric, G::per_group(32), ScaleType::fp32), 3, 96, nibbles, odd);

@@ -48,15 +48,13 @@ namespace {
 
 using nibble::Format;
 
-class Allocation : public ::testing::TestWithParam<std::pair<Format, int>> {};
-
-TEST_P(Allocation, NoneInDecoding) {
-  const auto [format, threads] = GetParam();
+void decode_without_allocating(Format format, int threads, nibble::KvFormat kv) {
   const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(format));
   nibble::ThreadPool pool(threads);
   llm::RunnerOptions options;
   options.context = 128;
   options.pool = threads > 1 ? &pool : nullptr;
+  options.kv_format = kv;
   llm::Runner runner(m.model, options);
   auto cache = runner.new_cache();
   const std::vector<llm::Token> tokens = llm_test::some_tokens(120, m.model.hparams.vocabulary);
@@ -71,6 +69,16 @@ TEST_P(Allocation, NoneInDecoding) {
   watching = false;
   Eigen::internal::set_is_malloc_allowed(true);
   EXPECT_EQ(allocations.load(), 0);
+}
+
+class Allocation : public ::testing::TestWithParam<std::pair<Format, int>> {};
+
+TEST_P(Allocation, NoneInDecoding) {
+  decode_without_allocating(GetParam().first, GetParam().second, nibble::KvFormat::fp16);
+}
+
+TEST(Allocation4Bits, NoneInDecoding) {
+  for (const int threads : {1, 2}) decode_without_allocating(Format::int8, threads, nibble::KvFormat::int4);
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, Allocation,

@@ -130,7 +130,8 @@ TEST(Pieces, LogitsAreTheBitsOfEachAlone) {
   const llm_test::RandomModel m =
       llm_test::random_model(llm_test::scheme_of(Format::int4, Symmetry::float_offset));
   const std::vector<Token> tokens = llm_test::some_tokens(90, vocabulary);
-  for (const nibble::KvFormat kv : {nibble::KvFormat::fp32, nibble::KvFormat::fp16, nibble::KvFormat::int8}) {
+  for (const nibble::KvFormat kv :
+       {nibble::KvFormat::fp32, nibble::KvFormat::fp16, nibble::KvFormat::int8, nibble::KvFormat::int4}) {
     llm::RunnerOptions options = runner_options(nullptr, 128);
     options.kv_format = kv;
     llm::Runner runner(m.model, options), single(m.model, options);

@@ -108,8 +108,8 @@ TEST(FormatSpec, NamesAndDefaults) {
 }
 
 TEST(FormatSpec, RefusesNonsense) {
-  for (const char* bad : {"", "int7", "fp4-asym", "int4-", "int4-g", "int4-g17", "int4-g8", "int4-x", "fp16-g32", "fp32-sym",
-                          "nf4-asym", "int4-g99999999", "int4-g-32", "INT4"})
+  for (const char* bad : {"", "int7", "fp4-asym", "int4-", "int4-g", "int4-g17", "int4-g8", "int4-x", "fp16-g32",
+                          "fp32-sym", "nf4-asym", "int4-g99999999", "int4-g-32", "INT4"})
     EXPECT_THROW(llm::parse_format(bad), nibble::InvalidArgument) << bad;
   for (const char* bad : {"", "int4", "=int4", "[=int4", "a=int7"})
     EXPECT_THROW(llm::parse_keep(bad), nibble::InvalidArgument) << bad;

@@ -123,6 +123,7 @@ INSTANTIATE_TEST_SUITE_P(Formats, Invariance,
                                            std::tuple{Format::int8, Symmetry::symmetric, Kv::fp16},
                                            std::tuple{Format::int4, Symmetry::symmetric, Kv::int8},
                                            std::tuple{Format::int4, Symmetry::float_offset, Kv::fp16},
+                                           std::tuple{Format::int8, Symmetry::asymmetric, Kv::int4},
                                            std::tuple{Format::nf4, Symmetry::symmetric, Kv::fp32}));
 
 /// A Llama block by block, token by token, in double, from the textbook.

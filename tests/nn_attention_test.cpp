@@ -23,7 +23,7 @@ namespace {
 using namespace nibble;  // NOLINT: a test's own namespace
 using Matrix = Eigen::MatrixXf;
 
-constexpr KvFormat formats[] = {KvFormat::fp32, KvFormat::fp16, KvFormat::int8};
+constexpr KvFormat formats[] = {KvFormat::fp32, KvFormat::fp16, KvFormat::int8, KvFormat::int4};
 
 Matrix random_matrix(std::uint32_t seed, std::size_t rows, std::size_t cols, float size = 1.0F) {
   std::mt19937 engine(seed);
@@ -52,6 +52,7 @@ struct Sequence {
     shape.head_size = head_size;
     shape.capacity = tokens + 3;
     shape.format = format;
+    shape.step = tokens;
     keys = random_matrix(seed, kv_heads * head_size, tokens);
     values = random_matrix(seed + 1, kv_heads * head_size, tokens);
     queries = random_matrix(seed + 2, heads * head_size, tokens, 2.0F / std::sqrt(static_cast<float>(head_size)));
@@ -106,9 +107,12 @@ TEST(Attention, EqualsTheDefinition) {
       // Scores are sums of 2 * normal * normal, below 20 here. fp32: their error is below 80 * 2^-24 * 20 and moves a
       // weight by as much of itself; the outputs, below 4, by at most that much and the sum's own 150 roundings.
       // fp16: 2^-12 of each element of keys and values; errors add like the square root of their number, and a score's
-      // moves the output by at most 4 times itself. int8: 1/254 of the largest of a head or group, twice in each product.
+      // moves the output by at most 4 times itself. int8: 1/254 of the largest of a head or group, twice in each product. int4: half a
+      // step of a range of up to 6 in 15 steps, 0.2, in keys and values; errors add like the square root of the number,
+      // times queries of 2 / sqrt(head).
       const double tolerance = format == KvFormat::fp32   ? 4.0 * (80.0 * 20.0 + 150.0) * 0x1p-24
                                : format == KvFormat::fp16 ? 4.0 * 20.0 * 0x1p-12
+                               : format == KvFormat::int4 ? 4.0 * 2.0 * 0.2 + 0.2
                                                           : 4.0 * 20.0 / 254.0;
       EXPECT_LT(error, tolerance) << name_of(format) << " head " << s.head_size;
       EXPECT_GT(error, 0.0);
@@ -173,7 +177,7 @@ TEST(Attention, BatchesDoNotMix) {
   std::vector<AttentionSpan> spans;
   std::size_t columns = 0;
   for (std::size_t i = 0; i < 9; ++i) {
-    sequences.emplace_back(formats[i % 3], 6, 2, 24, 10 + 31 * i, static_cast<std::uint32_t>(10 * i));
+    sequences.emplace_back(formats[i % 4], 6, 2, 24, 10 + 31 * i, static_cast<std::uint32_t>(10 * i));
     caches.emplace_back(sequences.back().shape);
   }
   for (std::size_t i = 0; i < sequences.size(); ++i) {
@@ -203,7 +207,7 @@ TEST(Attention, NonFiniteValuesStayWhereTheyAre) {
     for (const float bad :
          {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(), 1e30F})
       for (const bool in_values : {false, true}) {
-        if (bad == 1e30F && format != KvFormat::fp16) continue;  // beyond fp16 alone
+        if (bad == 1e30F && format != KvFormat::fp16 && format != KvFormat::int4) continue;  // beyond fp16 alone
         Sequence q(format, 4, 2, 16, 40);
         const Matrix clean = q.run({40});
         (in_values ? q.values : q.keys)(5, 21) = bad;  // the first head's
@@ -238,7 +242,7 @@ TEST(Attention, RefusesWhatDoesNotFit) {
 }
 
 TEST(KvCache, HoldsWhatWasStored) {
-  for (const KvFormat format : formats)
+  for (const KvFormat format : {KvFormat::fp32, KvFormat::fp16, KvFormat::int8})
     for (const std::size_t head_size : {1, 8, 20, 64, 130}) {
       const Sequence q(format, 2, 2, head_size, 50);
       KvCache cache(q.shape);
@@ -272,6 +276,96 @@ TEST(KvCache, HoldsWhatWasStored) {
     }
 }
 
+/// What INT4 keys or values of one line become, by the definition: 16 levels from the least on, the scale and what code 8
+/// stands for in fp16 if `half`.
+std::vector<float> four_bits(const std::vector<float>& line, bool half) {
+  const auto stored = [&](float x) { return half ? float_from_fp16(fp16_from_float(x)) : x; };
+  const float low = *std::min_element(line.begin(), line.end());
+  const float scale = stored((*std::max_element(line.begin(), line.end()) - low) / 15.0F);
+  const float offset = stored(std::fma(8.0F, scale, low));
+  std::vector<float> out;
+  for (const float x : line) {
+    const float code = std::min(7.0F, std::max(-8.0F, std::nearbyint((x - offset) / scale)));
+    out.push_back(scale > 0.0F ? code * scale + offset : offset);
+  }
+  return out;
+}
+
+// INT4 against attention over matrices that hold, for every token, what it must see: blocks of 32 that are complete as
+// codes, its own as fp16.
+TEST(KvCache, Int4BlocksCloseWhereTheDefinitionSays) {
+  for (const Shape& s : shapes) {
+    const Sequence q(KvFormat::int4, s.heads, s.kv_heads, s.head_size, s.tokens);
+    const Matrix out = q.run({s.tokens});
+    const auto half = [](float x) { return float_from_fp16(fp16_from_float(x)); };
+    const Matrix keys = q.keys.unaryExpr(half), values = q.values.unaryExpr(half);
+    Matrix closed_keys = keys, closed_values = values;
+    const auto head = index(s.head_size);
+    for (Eigen::Index b = 0; b + 32 <= keys.cols(); b += 32)
+      for (Eigen::Index d = 0; d < keys.rows(); ++d) {
+        std::vector<float> line(32);
+        for (Eigen::Index p = 0; p < 32; ++p) line[static_cast<std::size_t>(p)] = keys(d, b + p);
+        line = four_bits(line, true);
+        for (Eigen::Index p = 0; p < 32; ++p) closed_keys(d, b + p) = line[static_cast<std::size_t>(p)];
+      }
+    for (Eigen::Index p = 0; p < values.cols(); ++p)
+      for (Eigen::Index h = 0; h < values.rows(); h += head)
+        for (Eigen::Index d = 0; d < head; d += 64) {
+          const Eigen::Index n = std::min<Eigen::Index>(64, head - d);
+          std::vector<float> line(values.col(p).data() + h + d, values.col(p).data() + h + d + n);
+          line = four_bits(line, false);
+          for (Eigen::Index i = 0; i < n; ++i) closed_values(h + d + i, p) = line[static_cast<std::size_t>(i)];
+        }
+    for (Eigen::Index t = 0; t < q.queries.cols(); ++t) {
+      const Eigen::Index open = (t + 1) / 32 * 32;
+      for (Eigen::Index h = 0; h < index(s.heads); ++h) {
+        const Eigen::Index kv = h / index(s.heads / s.kv_heads) * head;
+        Eigen::MatrixXd k = keys.block(kv, 0, head, t + 1).cast<double>();
+        Eigen::MatrixXd v = values.block(kv, 0, head, t + 1).cast<double>();
+        k.leftCols(open) = closed_keys.block(kv, 0, head, open).cast<double>();
+        v.leftCols(open) = closed_values.block(kv, 0, head, open).cast<double>();
+        Eigen::VectorXd w = k.transpose() * q.queries.col(t).segment(h * head, head).cast<double>();
+        w = (w.array() - w.maxCoeff()).exp();
+        const Eigen::VectorXd want = v * (w / w.sum());
+        // Floats' errors alone, as in EqualsTheDefinition; offsets and scaled codes are summed apart, each up to four
+        // times their sum.
+        EXPECT_LT((out.col(t).segment(h * head, head).cast<double>() - want).cwiseAbs().maxCoeff(),
+                  16.0 * (80.0 * 20.0 + 150.0) * 0x1p-24)
+            << "head " << s.head_size << " token " << t;
+      }
+    }
+  }
+}
+
+// The ring of fp16 positions turns many times; cut back within it, or far beyond.
+TEST(KvCache, Int4KeepsTheLastPositionsOnly) {
+  Sequence q(KvFormat::int4, 4, 2, 16, 300);
+  const Matrix expected = q.run({300});
+  q.shape.step = 20;
+  EXPECT_TRUE(same_bits(q.run({20}), expected));
+  EXPECT_TRUE(same_bits(q.run({1, 19, 7}), expected));
+  for (const std::size_t cut : {295, 288, 280, 64, 45}) {
+    KvCache cache(q.shape);
+    for (std::size_t t = 0; t < 300; ++t) {
+      q.store(cache, t, 1);
+      cache.advance(1);
+    }
+    cache.truncate(cut);
+    Matrix out = Matrix::Zero(q.queries.rows(), q.queries.cols());
+    for (std::size_t t = cut; t < 300; ++t) {
+      q.store(cache, t, 1);
+      const AttentionSpan span{&cache, t, 1, t};
+      attention(&span, 1, 1, q.queries, out);
+      cache.advance(1);
+    }
+    const auto tail = [&](const Matrix& m) -> Matrix { return m.rightCols(index(300 - cut)); };
+    if (cut != 45)
+      EXPECT_TRUE(same_bits(tail(out), tail(expected))) << cut;
+    else  // a block that was codes already: as good as codes
+      EXPECT_LT((tail(out) - tail(expected)).cwiseAbs().maxCoeff(), 0.5F);
+  }
+}
+
 TEST(KvCache, CountsTruncatesAndClears) {
   for (const KvFormat format : formats) {
     const Sequence q(format, 2, 2, 16, 30);
@@ -300,6 +394,7 @@ TEST(KvCache, CountsTruncatesAndClears) {
     EXPECT_EQ(moved.bytes_per_position(), 2U * 2 * 2 *
                                               (format == KvFormat::fp32   ? 64
                                                : format == KvFormat::fp16 ? 32
+                                               : format == KvFormat::int4 ? 13
                                                                           : 20));
   }
 }

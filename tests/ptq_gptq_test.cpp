@@ -140,7 +140,7 @@ constexpr double step_slack = 0.02;
 TEST(PtqGptq, FollowsTheOptimalBrainQuantizer) {
   int checked = 0;
   for (const Eigen::Index k : {1, 40, 80})
-    for (const std::size_t group : {0, 16, 32})
+    for (const std::size_t group : {std::size_t{0}, std::size_t{16}, std::size_t{32}})
       for (const Scheme& scheme : schemes(group))
         for (const bool act_order : {false, true})
           for (const bool static_groups : {false, true}) {
@@ -167,7 +167,7 @@ TEST(PtqGptq, BlocksChangeRoundingErrorsAlone) {
   const RowMajorMatrix w = random_weights(60, k, 5);
   const Hessian h = hessian_of(correlated(k, 900, 6));
   for (const bool static_groups : {false, true})
-    for (const std::size_t group : {16, 32, 48, 128}) {
+    for (const std::size_t group : {std::size_t{16}, std::size_t{32}, std::size_t{48}, std::size_t{128}}) {
       const Scheme scheme{Format::int4, Symmetry::asymmetric, Granularity::per_group(group, 1), ScaleType::fp32,
                           false};
       GptqOptions options;
@@ -191,7 +191,7 @@ TEST(PtqGptq, LongGroupsAndManyInputs) {
   const Eigen::Index k = 1500;
   const RowMajorMatrix w = random_weights(3, k, 8);
   const Hessian h = hessian_of(correlated(k, 2000, 9));
-  for (const std::size_t group : {16, 192, 1264})
+  for (const std::size_t group : {std::size_t{16}, std::size_t{192}, std::size_t{1264}})
     for (const bool static_groups : {false, true}) {
       const Scheme scheme{Format::int4, Symmetry::asymmetric, Granularity::per_group(group, 1), ScaleType::fp32,
                           false};
@@ -220,7 +220,7 @@ TEST(PtqGptq, IsBetterThanRoundingToNearestInEveryFormat) {
   const RowMajorMatrix w = random_weights(40, k, 11);
   const Hessian h = hessian_of(correlated(k, 1200, 12));
   const Eigen::MatrixXd exact = h.matrix().cast<double>();
-  for (const std::size_t group : {0, 64})
+  for (const std::size_t group : {std::size_t{0}, std::size_t{64}})
     for (const Scheme& scheme : schemes(group)) {
       SCOPED_TRACE(text_of(scheme));
       const QuantizedTensor nearest = DynamicQuantizer(scheme).quantize(w);

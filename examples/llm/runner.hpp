@@ -87,6 +87,7 @@ class Runner {
     o.head_size = h_.head_size;
     o.capacity = options_.context;
     o.format = options_.kv_format;
+    o.step = std::max<std::size_t>(options_.block, 1);
     return Cache(o);
   }
 

@@ -37,6 +37,7 @@ struct Common {
 inline nibble::KvFormat kv_format_of(const Common& c) {
   return c.kv == "fp32"   ? nibble::KvFormat::fp32
          : c.kv == "int8" ? nibble::KvFormat::int8
+         : c.kv == "int4" ? nibble::KvFormat::int4
                           : nibble::KvFormat::fp16;
 }
 
@@ -148,8 +149,8 @@ inline void add_common(CLI::App* app, Common& c, bool runs) {
   app->add_option("--outlier-threshold", c.outlier_threshold, "From where on activations are large, for llm-int8")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_option("--kv", c.kv, "How keys and values of the context are stored: fp32, fp16 or int8")
-      ->check(CLI::IsMember({"fp32", "fp16", "int8"}))
+  app->add_option("--kv", c.kv, "How keys and values of the context are stored: fp32, fp16, int8 or int4")
+      ->check(CLI::IsMember({"fp32", "fp16", "int8", "int4"}))
       ->capture_default_str();
 }
 

@@ -21,12 +21,15 @@ namespace llm {
 
 struct AutoRoundStepOptions {
   int iterations = 200;
-  std::size_t batch = 8;                       // windows of an iteration
-  std::uint64_t seed = 0;                      // which ones
-  float lr = 0.0F;                             // of the first step; 0: 1 / iterations
-  float scale_lr = -1.0F;                      // of ranges; negative: as lr
-  int evaluations = 3;                         // of the loss on all windows, after the first
-  bool bf16 = true;                            // products of the descent, but not those of the loss on all windows
+  std::size_t batch = 8;   // windows of an iteration
+  std::uint64_t seed = 0;  // which ones
+  float lr = 0.0F;         // of the first step; 0: 1 / iterations
+  float scale_lr = -1.0F;  // of ranges; negative: as lr
+  int evaluations = 3;     // of the loss on all windows, after the first
+  bool bf16 = true;        // products of the descent, but not those of the loss on all windows
+  /// Each token's squared error is divided by the mean square of its target: the norm that follows makes all tokens of
+  /// one size. Measured on SmolLM2 as what one block's error does to the last hidden states: 2 % less of it than without.
+  bool relative = true;
   std::function<void(int)> done = [](int) {};  // an iteration is
 };
 
@@ -61,8 +64,8 @@ class WindowSampler {
 
 /// Improves a block's quantized matrices so that the mean square of
 ///     block(x~; quantized weights) - y
-/// falls: x~ the hidden states that the model quantized so far has before the block, y what the float model has after it,
-/// one dim x tokens matrix a window, all of one size.
+/// (each token's relative to its target, see AutoRoundStepOptions) falls: x~ the hidden states that the model quantized
+/// so far has before the block, y what the float model has after it, one dim x tokens matrix a window, all of one size.
 /// @param w        the float weights (and the norms that the quantized block will have); what matrices start from is
 ///                 their place between two codes
 /// @param tensors  the start, by any method: replaced by the best found, which is never worse on these windows. Matrices
@@ -121,8 +124,10 @@ inline nibble::AutoRoundReport autoround_block(BlockTrainer& trainer, const Floa
       for (Eigen::Index t = 0; t < window; ++t) {
         const Eigen::Index c = static_cast<Eigen::Index>(i) * window + t;
         const auto difference = y.col(c) - target.col(t);
-        sums[i] += static_cast<double>(difference.squaredNorm());
-        error.col(c) = difference * scale;
+        const float square = target.col(t).squaredNorm();
+        const float weight = options.relative && square > 0.0F ? static_cast<float>(dim) / square : 1.0F;
+        sums[i] += static_cast<double>(difference.squaredNorm()) * static_cast<double>(weight);
+        error.col(c) = difference * (scale * weight);
       }
     });
     return std::accumulate(sums.begin(), sums.end(), 0.0) / static_cast<double>(dim * columns);

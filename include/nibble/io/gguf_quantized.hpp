@@ -13,7 +13,9 @@
 #include "nibble/core/buffer.hpp"
 #include "nibble/core/error.hpp"
 #include "nibble/formats/bf16.hpp"
+#include "nibble/formats/bit_stream.hpp"
 #include "nibble/formats/fp16.hpp"
+#include "nibble/formats/int4.hpp"
 #include "nibble/io/gguf.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 
@@ -28,10 +30,11 @@ inline namespace NIBBLE_ABI {
 /// | Q4_0           | int4   | symmetric    | 32        | fp16   |
 /// | Q4_1           | int4   | float_offset | 32        | fp16   |
 /// | Q4_K           | int4   | float_offset | 32        | fp32   |
-/// | Q5_0, Q8_0     | int8   | symmetric    | 32        | fp16   |
-/// | Q5_1           | int8   | float_offset | 32        | fp16   |
-/// | Q5_K           | int8   | float_offset | 32        | fp32   |
-/// | Q6_K           | int8   | symmetric    | 16        | fp32   |
+/// | Q5_0           | int5   | symmetric    | 32        | fp16   |
+/// | Q5_1           | int5   | float_offset | 32        | fp16   |
+/// | Q5_K           | int5   | float_offset | 32        | fp32   |
+/// | Q6_K           | int6   | symmetric    | 16        | fp32   |
+/// | Q8_0           | int8   | symmetric    | 32        | fp16   |
 ///
 /// Throws Unsupported for the other types.
 inline Scheme gguf_scheme(GgufType type) {
@@ -52,19 +55,19 @@ inline Scheme gguf_scheme(GgufType type) {
       scheme.symmetry = Symmetry::float_offset;
       scheme.scale_type = ScaleType::fp32;
       return scheme;
-    case GgufType::q5_0:
+    case GgufType::q5_0: scheme.format = Format::int5; return scheme;
     case GgufType::q8_0: scheme.format = Format::int8; return scheme;
     case GgufType::q5_1:
-      scheme.format = Format::int8;
+      scheme.format = Format::int5;
       scheme.symmetry = Symmetry::float_offset;
       return scheme;
     case GgufType::q5_k:
-      scheme.format = Format::int8;
+      scheme.format = Format::int5;
       scheme.symmetry = Symmetry::float_offset;
       scheme.scale_type = ScaleType::fp32;
       return scheme;
     case GgufType::q6_k:
-      scheme.format = Format::int8;
+      scheme.format = Format::int6;
       scheme.granularity = Granularity::per_group(16);
       scheme.scale_type = ScaleType::fp32;
       return scheme;
@@ -96,10 +99,10 @@ inline QuantizedTensor to_quantized(const GgufTensor& tensor) {
 
   const GgufTypeInfo& info = *gguf_type_info(tensor.type);
   const std::size_t elements = static_cast<std::size_t>(tensor.elements);
-  const bool four = scheme.format == Format::int4;
+  const unsigned bits = bits_of(scheme.format);
   const bool offsets = scheme.symmetry == Symmetry::float_offset;
   const std::size_t params = elements / scheme.granularity.group_size;
-  Buffer codes(four ? elements / 2 : elements);
+  Buffer codes(elements / 8 * bits);  // blocks are multiples of 32: lines end with a byte
   Buffer scales(params * bytes_of(scheme.scale_type));
   Buffer zeros(offsets ? scales.size() : 0);
   std::uint8_t* const code_bytes = codes.mutable_data();
@@ -107,18 +110,20 @@ inline QuantizedTensor to_quantized(const GgufTensor& tensor) {
   std::uint8_t* const zero_bytes = zeros.mutable_data();
 
   const detail::FpEnvironment environment;
-  const int bias = tensor.type == GgufType::q4_0 ? 8 : 0;  // unpacked around zero, stored around 8
+  const int bias = offsets ? 0 : symmetric_zero_of(scheme.format);  // unpacked around zero
   detail::GgufBlock block;
+  std::uint8_t unbiased[sizeof block.code];
   const std::uint8_t* p = tensor.data.data();
   for (std::size_t at = 0, param = 0; at < elements; at += info.block_elements, p += info.block_bytes) {
     detail::gguf_unpack_block(tensor.type, p, block);
-    if (four) {
-      for (std::size_t i = 0; i < block.elements; i += 2)
-        code_bytes[(at + i) / 2] =
-            static_cast<std::uint8_t>((block.code[i] + bias) | ((block.code[i + 1] + bias) << 4));
-    } else {
-      std::memcpy(code_bytes + at, block.code, block.elements);
-    }
+    for (std::size_t i = 0; i < block.elements; ++i) unbiased[i] = static_cast<std::uint8_t>(block.code[i] + bias);
+    std::uint8_t* const to = code_bytes + at / 8 * bits;
+    if (bits == 8)
+      std::memcpy(to, unbiased, block.elements);
+    else if (bits == 4)
+      detail::pack_nibbles(unbiased, block.elements, to);
+    else
+      detail::pack_bits(bits, unbiased, block.elements, to);
     for (std::size_t g = 0; g < block.elements / block.group; ++g, ++param) {
       if (!std::isfinite(block.scale[g]) || (offsets && !std::isfinite(block.offset[g])))
         detail::raise<FormatError>(detail::concat("tensor '", detail::printable(tensor.name),
@@ -145,7 +150,7 @@ inline std::string gguf_obstacle(const QuantizedTensor& t, GgufType type) {
   const bool offsets = scheme.symmetry == Symmetry::float_offset;
   if (offsets != (type == GgufType::q4_1))
     return offsets ? "it has float offsets" : "its zero points are no float offsets";
-  if (offsets && scheme.format != Format::int4) return "its codes have 8 bits";
+  if (offsets && bits_of(scheme.format) > 4) return concat("its codes have ", bits_of(scheme.format), " bits");
   if (t.line_length() % 32 != 0) return concat("its rows of ", t.line_length(), " are no multiple of 32");
 
   const auto in_fp16 = [](float v) {

@@ -60,6 +60,7 @@ class AttentionRun {
       items_ += kv_heads_ * blocks_of(spans[s]);
       capacity_ = std::max(capacity_, spans[s].cache->capacity());
       any_int8_ = any_int8_ || spans[s].cache->format() == KvFormat::int8;
+      any_int4_ = any_int4_ || spans[s].cache->format() == KvFormat::int4;
       for (std::size_t b = 0; b < blocks_of(spans[s]); ++b) {
         const Item item = item_at(s, 0, b);
         bytes_ += kv_heads_ * item.positions * head_size_ * 4;
@@ -76,7 +77,7 @@ class AttentionRun {
     std::size_t threads = pool == nullptr ? 1 : static_cast<std::size_t>(pool->threads());
     if (bytes_ < little || threads == 1) pool = nullptr, threads = 1;
     const bool split = threads > 1 && items_ < threads && bytes_ / items_ >= much;
-    plan(split ? items_ : threads, workspace);
+    plan(split ? items_ : threads, threads, workspace);
     if (split)
       run_split(pool, threads);
     else
@@ -84,9 +85,9 @@ class AttentionRun {
         const Item item = list_[task];
         const Slot slot = slot_at(thread);
         prepare(item, slot);
-        scores(item, slot, 0, ceil_div(item.positions, panel_width));
+        scores(item, slot, 0, ceil_div(item.positions, panel_width), thread);
         weigh(item, slot);
-        values(item, slot, 0, ceil_div(head_size_, panel_width));
+        values(item, slot, 0, ceil_div(head_size_, panel_width), thread);
       });
   }
 
@@ -120,6 +121,9 @@ class AttentionRun {
     float* scales;
     std::int32_t* code_sums;
     std::int32_t* block_sums;
+    // INT4: weights times the values' scales, [groups][rows][stride]; their sums of offsets, [groups][rows]
+    float* scaled;
+    float* offsets;
   };
 
   std::size_t rows_limit(std::size_t positions, KvFormat format) const noexcept {
@@ -147,7 +151,7 @@ class AttentionRun {
   /// Floats from one row of scores to the next: whole groups, an odd number of cache lines.
   static std::size_t score_stride(std::size_t positions) noexcept { return round_up(positions, kv_group) + 16; }
 
-  void plan(std::size_t slots, Workspace& workspace) {
+  void plan(std::size_t slots, std::size_t threads, Workspace& workspace) {
     // For the whole of the capacity, so that a growing context asks for no more memory.
     const std::size_t stride = score_stride(capacity_);
     const std::size_t rows = std::max(any_int8_ ? int_rows : float_rows, shared_);
@@ -169,14 +173,22 @@ class AttentionRun {
     at_.codes = slot.add(integers, floats);
     at_.scales = slot.add(integers * ceil_div(floats, kv_group), sizeof(float));
     at_.code_sums = slot.add(integers * ceil_div(floats, kv_group), sizeof(std::int32_t));
+    const std::size_t blocks = any_int4_ ? 1 : 0;
+    value_groups_ = ceil_div(head_size_, kv_value_group);
+    at_.scaled = slot.add(blocks * value_groups_ * floats, sizeof(float));
+    at_.offsets = slot.add(blocks * value_groups_ * rows, sizeof(float));
     at_.block_sums = slot.add(integers * ceil_div(std::max(stride, query_size_), 16), sizeof(std::int32_t));
     slot_bytes_ = slot.total();
     ScratchPlan all;
     const std::size_t list_at = all.add(items_, sizeof(Item));
     const std::size_t ones_at = all.add(integers * dims_, sizeof(float));
     const std::size_t slots_at = all.add(slots, slot_bytes_);
+    // A thread's: queries times a block's scales, scores of offsets, outputs of the open block.
+    thread_floats_ = rows * (query_size_ + panel_width) + std::max(dims_, query_size_) + rows * dims_;
+    const std::size_t threads_at = all.add(blocks * threads * thread_floats_, sizeof(float));
     std::uint8_t* scratch = workspace.take(all.total());
     slots_ = scratch + slots_at;
+    thread_scratch_ = reinterpret_cast<float*>(scratch + threads_at);
     ones_ = reinterpret_cast<float*>(scratch + ones_at);
     std::fill(ones_, ones_ + integers * dims_, 1.0F);
 
@@ -206,7 +218,9 @@ class AttentionRun {
             codes(at_.codes),
             floats(at_.scales),
             integers(at_.code_sums),
-            integers(at_.block_sums)};
+            integers(at_.block_sums),
+            floats(at_.scaled),
+            floats(at_.offsets)};
   }
 
   void run_split(ThreadPool* pool, std::size_t threads) {
@@ -219,19 +233,19 @@ class AttentionRun {
       new (slot.chunks) std::atomic<std::size_t>(parts);
       prepare(list_[i], slot);
     }
-    for_tasks(pool, items_ * parts, [&](std::size_t task, std::size_t) {
+    for_tasks(pool, items_ * parts, [&](std::size_t task, std::size_t thread) {
       const Item item = list_[task / parts];
       const Slot slot = slot_at(task / parts);
       const std::size_t panels = ceil_div(item.positions, panel_width);
       const auto cut = [&](std::size_t part) { return std::min(panels, round_up(panels * part / parts, 4)); };
-      scores(item, slot, cut(task % parts), cut(task % parts + 1));
+      scores(item, slot, cut(task % parts), cut(task % parts + 1), thread);
       // Whoever ends last has all scores.
       if (slot.chunks->fetch_sub(1, std::memory_order_acq_rel) == 1) weigh(item, slot);
     });
-    for_tasks(pool, items_ * value_parts, [&](std::size_t task, std::size_t) {
+    for_tasks(pool, items_ * value_parts, [&](std::size_t task, std::size_t thread) {
       const std::size_t part = task % value_parts;
       values(list_[task / value_parts], slot_at(task / value_parts), panels_of_values * part / value_parts,
-             panels_of_values * (part + 1) / value_parts);
+             panels_of_values * (part + 1) / value_parts, thread);
     });
   }
 
@@ -282,9 +296,169 @@ class AttentionRun {
                slot.query_scales, slot.query_sums, slot.block_sums);
   }
 
+  /// INT4: position of the first token of the item, and of its token t.
+  std::size_t position_of(const Item& item, std::size_t t) const noexcept {
+    return spans_[item.span].past + item.begin + t;
+  }
+  /// The first position of the block that is still open for the token at position p: what is before are codes.
+  static std::size_t open_from(std::size_t p) noexcept { return (p + 1) / kv_group * kv_group; }
+  /// panels [0, panels) of w times rows, a few at once.
+  void gemv(FloatGemvArgs args, std::size_t panels, std::size_t rows) const noexcept {
+    args.panel_begin = 0;
+    args.panel_end = panels;
+    for (std::size_t r = 0; r < rows; r += args.rows) {
+      args.rows = std::min(rows - r, kernels_.gemv_max_rows);
+      kernels_.gemv_float(args);
+      args.x += args.rows * args.x_stride;
+      args.acc += args.rows * args.acc_stride;
+    }
+  }
+
+  /// scores() of INT4 keys. Codes: the block's scales go into the queries, its offsets are products of their own. What
+  /// is still open for a token is fp16.
+  void scores_int4(const Item& item, const Slot& slot, std::size_t begin, std::size_t end,
+                   std::size_t thread) const noexcept {
+    const KvBlocks b = cache_of(item).blocks(layer_, item.head);
+    const std::size_t stride = score_stride(item.positions), rows = rows_of(item), tokens = item.end - item.begin;
+    constexpr std::size_t panels = kv_group / panel_width;
+    float* scaled = thread_scratch_ + thread * thread_floats_;
+    float* offsets = scaled + rows * query_size_;
+    float* scales = offsets + rows * panel_width;
+    const std::size_t closed = open_from(position_of(item, tokens - 1)) / kv_group;
+    for (std::size_t block = begin / panels; block < std::min(closed, ceil_div(end, panels)); ++block) {
+      if (block == begin / panels || block % panel_width == 0) {
+        FloatGemvArgs args;
+        args.w = b.key_offsets;
+        args.panel_begin = block / panel_width;
+        args.panel_end = args.panel_begin + 1;
+        args.x = slot.queries;
+        args.x_stride = query_size_;
+        args.rows = rows;
+        args.acc = offsets;
+        args.acc_stride = panel_width;
+        kernels_.gemm_direct(args);
+      }
+      kernels_.float_from_fp16(b.key_scales + block * head_size_, head_size_, scales);
+      for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t d = 0; d < head_size_; ++d)
+          scaled[r * query_size_ + d] = slot.queries[r * query_size_ + d] * scales[d];
+      FloatGemvArgs args;
+      args.w = b.keys;
+      args.w.codes += block * panels * b.keys.panel_bytes;
+      args.w.n = kv_group;
+      args.x = scaled;
+      args.x_stride = query_size_;
+      args.acc = slot.scores + block * kv_group;
+      args.acc_stride = stride;
+      gemv(args, panels, rows);
+      for (std::size_t r = 0; r < rows; ++r) {
+        float* row = args.acc + r * stride;
+        const float offset = offsets[r * panel_width + block % panel_width];
+        for (std::size_t i = 0; i < kv_group; ++i) row[i] += offset;
+      }
+    }
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const std::size_t p = position_of(item, t), open = open_from(p);
+      // What the token sees of it; the rest is not read.
+      const std::size_t first = std::max(open / panel_width, begin);
+      const std::size_t last = std::min(p / panel_width + 1, end);
+      if (first >= last) continue;
+      FloatGemvArgs args;
+      args.w = b.recent_keys;
+      args.panel_begin = first * panel_width % b.ring / panel_width;
+      args.panel_end = args.panel_begin + (last - first);
+      args.x = slot.queries + t * shared_ * query_size_;
+      args.x_stride = query_size_;
+      args.rows = shared_;
+      args.acc = slot.scores + t * shared_ * stride + first * panel_width;
+      args.acc_stride = stride;
+      kernels_.gemm_direct(args);
+    }
+  }
+
+  /// weigh() of INT4 values: also the weights times the values' scales, and the sums of weights times offsets.
+  void weigh_int4(const Item& item, const Slot& slot) const noexcept {
+    const KvBlocks b = cache_of(item).blocks(layer_, item.head);
+    const std::size_t stride = score_stride(item.positions), rows = rows_of(item);
+    const std::size_t closed = open_from(item.positions - 1);
+    for (std::size_t g = 0; g < b.groups; ++g) {
+      const float* scales = b.value_scales + g * b.padded_positions;
+      for (std::size_t r = 0; r < rows; ++r) {
+        const std::size_t open = open_from(position_of(item, r / shared_));
+        const float* from = slot.scores + r * stride;
+        float* to = slot.scaled + (g * rows + r) * stride;
+        for (std::size_t i = 0; i < open; ++i) to[i] = from[i] * scales[i];
+        for (std::size_t i = open; i < closed; ++i) to[i] = 0.0F;
+        DenseGemvArgs args;
+        args.a = b.value_offsets + g * b.padded_positions;
+        args.lda = 1;
+        args.n = 1;
+        args.k = open;
+        args.x = from;
+        args.y = slot.offsets + g * rows + r;
+        args.y_stride = 1;
+        kernels_.gemv_dense(args);
+      }
+    }
+  }
+
+  /// Accumulators of values() for panels [begin, end) of INT4 values.
+  void values_int4(const Item& item, const Slot& slot, std::size_t begin, std::size_t end,
+                   std::size_t thread) const noexcept {
+    const KvBlocks b = cache_of(item).blocks(layer_, item.head);
+    const std::size_t stride = score_stride(item.positions), rows = rows_of(item), tokens = item.end - item.begin;
+    const std::size_t closed = open_from(item.positions - 1);
+    constexpr std::size_t panels_a_group = kv_value_group / panel_width;
+    float* recent = thread_scratch_ + thread * thread_floats_;
+    for (std::size_t panel = begin; panel < end;) {
+      const std::size_t g = panel / panels_a_group;
+      const std::size_t stop = std::min(end, (g + 1) * panels_a_group), width = (stop - panel) * panel_width;
+      float* acc = slot.acc + panel * panel_width;
+      FloatGemvArgs args;
+      args.w = b.values;
+      args.w.codes += panel * b.values.panel_bytes;
+      args.w.n = width;
+      args.w.k = closed;
+      args.x = slot.scaled + g * rows * stride;
+      args.x_stride = stride;
+      args.acc = acc;
+      args.acc_stride = dims_;
+      if (closed > 0)
+        gemv(args, stop - panel, rows);
+      else
+        for (std::size_t r = 0; r < rows; ++r) std::fill_n(acc + r * dims_, width, 0.0F);
+      for (std::size_t t = 0; t < tokens; ++t) {
+        const std::size_t p = position_of(item, t), open = open_from(p);
+        if (open <= p) {
+          args.w = b.recent_values;
+          args.w.codes += panel * args.w.panel_bytes + open % b.ring * panel_width * sizeof(std::uint16_t);
+          args.w.n = width;
+          args.w.k = p - open + 1;
+          args.panel_begin = 0;
+          args.panel_end = stop - panel;
+          args.x = slot.scores + t * shared_ * stride + open;
+          args.rows = shared_;
+          args.acc = recent;
+          kernels_.gemm_direct(args);
+        }
+        for (std::size_t j = 0; j < shared_; ++j) {
+          float* row = acc + (t * shared_ + j) * dims_;
+          const float offset = slot.offsets[g * rows + t * shared_ + j];
+          for (std::size_t d = 0; d < width; ++d) {
+            row[d] += offset;
+            if (open <= p) row[d] += recent[j * dims_ + d];
+          }
+        }
+      }
+      panel = stop;
+    }
+  }
+
   /// Scores against positions [16 * begin, 16 * end).
-  void scores(const Item& item, const Slot& slot, std::size_t begin, std::size_t end) const noexcept {
+  void scores(const Item& item, const Slot& slot, std::size_t begin, std::size_t end,
+              std::size_t thread) const noexcept {
     if (begin >= end) return;
+    if (cache_of(item).format() == KvFormat::int4) return scores_int4(item, slot, begin, end, thread);
     const KvPlane keys = cache_of(item).keys(layer_, item.head);
     const std::size_t stride = score_stride(item.positions);
     float* acc = slot.scores + begin * panel_width;
@@ -323,9 +497,11 @@ class AttentionRun {
   void weigh(const Item& item, const Slot& slot) const noexcept {
     const std::size_t first = spans_[item.span].past + item.begin + 1;
     const std::size_t stride = score_stride(item.positions);
-    if (cache_of(item).format() != KvFormat::int8)
-      return kernels_.softmax(
-          {slot.scores, stride, rows_of(item), item.positions, first, shared_, nullptr, slot.sums});
+    if (cache_of(item).format() != KvFormat::int8) {
+      kernels_.softmax({slot.scores, stride, rows_of(item), item.positions, first, shared_, nullptr, slot.sums});
+      if (cache_of(item).format() == KvFormat::int4) weigh_int4(item, slot);
+      return;
+    }
     SoftmaxCodesArgs args;
     args.x = slot.scores;
     args.x_stride = stride;
@@ -347,11 +523,14 @@ class AttentionRun {
   }
 
   /// Dimensions [16 * begin, 16 * end) of the outputs.
-  void values(const Item& item, const Slot& slot, std::size_t begin, std::size_t end) const noexcept {
+  void values(const Item& item, const Slot& slot, std::size_t begin, std::size_t end,
+              std::size_t thread) const noexcept {
     const KvPlane values = cache_of(item).values(layer_, item.head);
     const std::size_t padded = round_up(item.positions, kv_group);
     float* acc = slot.acc + begin * panel_width;
-    if (cache_of(item).format() != KvFormat::int8) {
+    if (cache_of(item).format() == KvFormat::int4) {
+      values_int4(item, slot, begin, end, thread);
+    } else if (cache_of(item).format() != KvFormat::int8) {
       FloatGemvArgs args;
       args.w = values.panels;
       args.w.k = item.positions;
@@ -401,7 +580,7 @@ class AttentionRun {
 
   struct Offsets {
     std::size_t queries, scores, sums, acc, chunks, query_codes, query_scales, query_sums, codes, scales,
-        code_sums, block_sums;
+        code_sums, block_sums, scaled, offsets;
   };
 
   const KernelTable& kernels_;
@@ -417,6 +596,7 @@ class AttentionRun {
   std::size_t shared_ = 1;  // query heads a key-value head
   std::size_t capacity_ = 0;
   bool any_int8_ = false;
+  bool any_int4_ = false;
   std::size_t items_ = 0;
   std::size_t bytes_ = 0;  // of keys and values that all items read, about
   std::size_t query_size_ = 0;
@@ -426,6 +606,9 @@ class AttentionRun {
   std::size_t slot_bytes_ = 0;
   Item* list_ = nullptr;
   float* ones_ = nullptr;
+  std::size_t value_groups_ = 0;
+  std::size_t thread_floats_ = 0;
+  float* thread_scratch_ = nullptr;
   std::uint8_t* slots_ = nullptr;
 };
 
@@ -438,7 +621,8 @@ class AttentionRun {
 /// (grouped-query attention). Queries are already scaled: Rope::apply does it on the way.
 ///
 /// With fp32 and fp16 caches scores and outputs are sums of one fma a step in ascending order; with INT8 ones the queries
-/// and the softmax weights are quantized in groups of 32 too, and sums over a group are exact. The bits of a token's
+/// and the softmax weights are quantized in groups of 32 too, and sums over a group are exact. INT4 caches are decoded to
+/// floats: a token's output is the sum over closed blocks, that of their offsets and that of the open block. The bits of a token's
 /// output are the same whichever tokens are computed with it, and for any pool.
 ///
 /// Allocates nothing once the workspace has grown to the largest capacity and batch seen. Throws InvalidArgument where

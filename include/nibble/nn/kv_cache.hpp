@@ -1,6 +1,8 @@
 // Keys and values of the tokens of one sequence, in the layout that the products of attention read.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -9,9 +11,11 @@
 #include <memory>
 #include <new>
 #include <string_view>
+#include <vector>
 
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/formats/fp16.hpp"
 #include "nibble/kernels/dispatch.hpp"
 
 namespace nibble {
@@ -22,6 +26,10 @@ enum class KvFormat : std::uint8_t {
   fp32,
   fp16,  ///< rounded to nearest even; beyond its range Inf
   int8,  ///< symmetric codes, a scale for each position and head
+  /// Codes 0..15 with a float offset, 5 bits a value, in blocks of 32 positions. Keys: a scale for each channel of a block,
+  /// values: one for each position and 64 channels (KIVI, Liu et al. 2024). A block is fp16 until its last position is
+  /// stored: the token at position p sees the blocks that end at p or before as codes, and its own as fp16.
+  int4,
 };
 
 constexpr std::string_view name_of(KvFormat format) noexcept {
@@ -29,6 +37,7 @@ constexpr std::string_view name_of(KvFormat format) noexcept {
     case KvFormat::fp32: return "fp32";
     case KvFormat::fp16: return "fp16";
     case KvFormat::int8: return "int8";
+    case KvFormat::int4: return "int4";
   }
   return "?";
 }
@@ -40,6 +49,9 @@ struct KvCacheOptions {
   std::size_t head_size = 0;
   std::size_t capacity = 0;  ///< positions
   KvFormat format = KvFormat::fp16;
+  /// INT4: most tokens that are stored before attention looks at the first of them. As many positions, and a block, stay
+  /// in fp16 beside the codes.
+  std::size_t step = 512;
 };
 
 namespace detail {
@@ -51,6 +63,25 @@ inline constexpr std::size_t kv_group = 32;
 struct KvPlane {
   PanelView panels;               // of all positions: whoever multiplies shortens n or k
   const float* scales = nullptr;  // int8: [positions]
+};
+
+/// INT4: channels of a position's values that share a scale.
+inline constexpr std::size_t kv_value_group = 64;
+
+/// Keys and values of one layer and head in INT4. value = scale * (code - 8) + offset.
+struct KvBlocks {
+  PanelView keys;                             // positions x head_size, codes - 8: without scales
+  const std::uint16_t* key_scales = nullptr;  // fp16 [blocks][head_size]
+  PanelView key_offsets;                      // fp16 panels, blocks x head_size
+  PanelView values;                           // head_size x positions, codes - 8
+  const float* value_scales = nullptr;        // [groups][padded positions]
+  const float* value_offsets = nullptr;       // [groups][padded positions]
+  std::size_t padded_positions = 0;
+  std::size_t groups = 0;
+  // The last positions in fp16: position p at p % ring.
+  std::size_t ring = 0;
+  PanelView recent_keys;    // ring x head_size
+  PanelView recent_values;  // head_size x ring
 };
 
 }  // namespace detail
@@ -77,19 +108,45 @@ class KvCache {
     const std::size_t inputs = checked_add(options.head_size, k_unit - 1, "KV cache head_size") / k_unit * k_unit;
     const std::size_t line = 64;
     const auto size = [](std::size_t a, std::size_t b) { return checked_mul(a, b, "KV cache size"); };
-    key_panel_ = size(size(inputs, panel_width), element);
+    const auto lines = [&](std::size_t bytes) { return round_up(bytes, line); };
+    const bool int4 = options.format == KvFormat::int4;
+    key_panel_ = size(size(inputs, panel_width), element) / (int4 ? 2 : 1);
     // An odd number of lines: the panels of a head are read side by side, and must not meet in the same cache sets.
-    value_panel_ = round_up(size(size(positions, panel_width), element), line);
-    if (value_panel_ / line % 2 == 0) value_panel_ += line;
-    key_bytes_ = round_up(size(positions / panel_width, key_panel_), line);
+    const auto odd = [&](std::size_t bytes) {
+      return lines(bytes) / line % 2 == 0 ? lines(bytes) + line : lines(bytes);
+    };
+    value_panel_ = odd(size(size(positions, panel_width), element) / (int4 ? 2 : 1));
+    key_bytes_ = lines(size(positions / panel_width, key_panel_));
     value_bytes_ = size(ceil_div(options.head_size, panel_width), value_panel_);
-    scale_bytes_ = options.format == KvFormat::int8 ? round_up(positions * sizeof(float), line) : 0;
+    scale_bytes_ = options.format == KvFormat::int8 ? lines(positions * sizeof(float)) : 0;
     plane_ =
         checked_add(checked_add(key_bytes_, value_bytes_, "KV cache size"), 2 * scale_bytes_, "KV cache size");
-    // An odd number of lines here, too.
-    if (plane_ / line % 2 == 0) plane_ += line;
     padded_positions_ = positions;
     padded_inputs_ = inputs;
+    if (int4) {
+      // Parts of a plane behind the codes.
+      const auto add = [&](std::size_t bytes) {
+        const std::size_t at = plane_;
+        plane_ = checked_add(plane_, lines(bytes), "KV cache size");
+        return at;
+      };
+      const std::size_t blocks = positions / kv_group;
+      const std::size_t groups = ceil_div(options.head_size, kv_value_group);
+      ring_ = std::min(positions, round_up(std::min(options.step, positions), kv_group) + kv_group);
+      key_scales_at_ = add(size(blocks * 2, options.head_size));
+      key_offset_panel_ = size(inputs * 2, panel_width);
+      key_offsets_at_ = add(size(ceil_div(blocks, panel_width), key_offset_panel_));
+      value_scales_at_ = add(size(groups * 4, positions));
+      value_offsets_at_ = add(size(groups * 4, positions));
+      recent_key_panel_ = size(inputs * 2, panel_width);
+      recent_keys_at_ = add(size(ring_ / panel_width, recent_key_panel_));
+      recent_value_panel_ = odd(size(ring_ * 2, panel_width));
+      recent_values_at_ = add(size(ceil_div(options.head_size, panel_width), recent_value_panel_));
+      stored_ = std::vector<std::uint32_t>(size(options.layers, blocks), 0);
+      ones_.assign(round_up(std::max(options.head_size, kv_group), panel_width), 1.0F);
+    }
+    // An odd number of lines here, too.
+    if (plane_ / line % 2 == 0) plane_ += line;
     const std::size_t bytes =
         checked_add(size(size(options.layers, options.kv_heads), plane_), 2 * line, "KV cache size");
     memory_.reset(static_cast<std::uint8_t*>(std::calloc(bytes, 1)));
@@ -105,17 +162,38 @@ class KvCache {
   KvFormat format() const noexcept { return options_.format; }
   /// What attention reads for a position: keys and values of all layers.
   std::size_t bytes_per_position() const noexcept {
+    if (format() == KvFormat::int4) {
+      const std::size_t keys = options_.head_size / 2 + options_.head_size * 4 / detail::kv_group;
+      const std::size_t values =
+          options_.head_size / 2 + 8 * detail::ceil_div(options_.head_size, detail::kv_value_group);
+      return options_.layers * options_.kv_heads * (keys + values);
+    }
     const std::size_t element = format() == KvFormat::fp32 ? 4 : format() == KvFormat::fp16 ? 2 : 1;
     const std::size_t scales = format() == KvFormat::int8 ? sizeof(float) : 0;
     return 2 * options_.layers * options_.kv_heads * (options_.head_size * element + scales);
   }
 
   void clear() noexcept {
-    size_ = 0;
+    size_ = reach_ = 0;
     exceptional_ = false;
+    std::fill(stored_.begin(), stored_.end(), 0U);
   }
-  /// Forgets the positions from `size` on; keeps all where there are no more.
-  void truncate(std::size_t size) noexcept { size_ = size < size_ ? size : size_; }
+  /// Forgets the positions from `size` on; keeps all where there are no more. INT4: a block that is cut open is fp16 again,
+  /// as it was stored if its positions are among the last options().step, else as its codes say.
+  void truncate(std::size_t size) {
+    size_ = size < size_ ? size : size_;
+    if (format() != KvFormat::int4) return;
+    const detail::FpEnvironment environment;
+    const std::size_t block = size_ / detail::kv_group, blocks = padded_positions_ / detail::kv_group;
+    const bool lost = size_ % detail::kv_group != 0 && block * detail::kv_group + ring_ < reach_;
+    for (std::size_t layer = 0; layer < options_.layers; ++layer) {
+      for (std::size_t h = 0; lost && h < options_.kv_heads; ++h) reopen(layer, h, block);
+      std::uint32_t* stored = stored_.data() + layer * blocks;
+      for (std::size_t b = block; b < blocks; ++b) stored[b] = 0;
+      if (size_ % detail::kv_group != 0) stored[block] = (1U << (size_ % detail::kv_group)) - 1;
+    }
+    reach_ = size_;
+  }
 
   /// Writes the keys and values of one layer at `position`, which may lie beyond size(): advance() makes it count.
   /// @param keys, values  kv_heads * head_size floats each, head by head
@@ -134,8 +212,16 @@ class KvCache {
         case KvFormat::fp32: store_floats(plane, position, k, v, kernels); break;
         case KvFormat::fp16: store_halves(plane, position, k, v, kernels); break;
         case KvFormat::int8: store_codes(plane, position, k, v, kernels); break;
+        case KvFormat::int4: store_recent(plane, position, k, v, kernels); break;
       }
     }
+    if (format() != KvFormat::int4) return;
+    // Whoever stores the last position of a block makes codes of it.
+    const std::size_t block = position / detail::kv_group;
+    std::uint32_t& stored = stored_[layer * (padded_positions_ / detail::kv_group) + block];
+    const std::uint32_t all = __atomic_or_fetch(&stored, 1U << (position % detail::kv_group), __ATOMIC_ACQ_REL);
+    if (all != ~0U) return;
+    for (std::size_t h = 0; h < options_.kv_heads; ++h) close(plane_at(layer, h), block, kernels);
   }
 
   /// Makes `tokens` more positions count. Throws InvalidArgument beyond the capacity.
@@ -143,6 +229,7 @@ class KvCache {
     detail::require(tokens <= options_.capacity - size_, "the KV cache holds ", options_.capacity, " tokens, ",
                     size_, " are taken, ", tokens, " more do not fit");
     size_ += tokens;
+    reach_ = size_ > reach_ ? size_ : reach_;
   }
 
   /// For attention: keys of one layer and head, n = capacity, k = head_size; INT8 ones with a scale a channel.
@@ -164,6 +251,39 @@ class KvCache {
     out.panels = view(options_.head_size, options_.capacity, padded_positions_, plane + key_bytes_, value_panel_);
     if (format() == KvFormat::int8)
       out.scales = reinterpret_cast<const float*>(plane + key_bytes_ + value_bytes_ + scale_bytes_);
+    return out;
+  }
+
+  /// For attention, INT4.
+  detail::KvBlocks blocks(std::size_t layer, std::size_t head) const noexcept {
+    std::uint8_t* plane = plane_at(layer, head);
+    const auto codes = [&](std::size_t n, std::size_t k, std::size_t k_padded, const std::uint8_t* at,
+                           std::size_t panel_bytes) {
+      detail::PanelView w = view(n, k, k_padded, at, panel_bytes);
+      w.format = Format::int4;
+      w.scales = ones_.data();
+      return w;
+    };
+    const auto halves = [&](std::size_t n, std::size_t k, std::size_t k_padded, const std::uint8_t* at,
+                            std::size_t panel_bytes) {
+      detail::PanelView w = view(n, k, k_padded, at, panel_bytes);
+      w.format = Format::fp16;
+      return w;
+    };
+    detail::KvBlocks out;
+    out.keys = codes(options_.capacity, options_.head_size, padded_inputs_, plane, key_panel_);
+    out.key_scales = reinterpret_cast<const std::uint16_t*>(plane + key_scales_at_);
+    out.key_offsets = halves(padded_positions_ / detail::kv_group, options_.head_size, padded_inputs_,
+                             plane + key_offsets_at_, key_offset_panel_);
+    out.values = codes(options_.head_size, options_.capacity, padded_positions_, plane + key_bytes_, value_panel_);
+    out.value_scales = reinterpret_cast<const float*>(plane + value_scales_at_);
+    out.value_offsets = reinterpret_cast<const float*>(plane + value_offsets_at_);
+    out.padded_positions = padded_positions_;
+    out.groups = detail::ceil_div(options_.head_size, detail::kv_value_group);
+    out.ring = ring_;
+    out.recent_keys =
+        halves(ring_, options_.head_size, padded_inputs_, plane + recent_keys_at_, recent_key_panel_);
+    out.recent_values = halves(options_.head_size, ring_, ring_, plane + recent_values_at_, recent_value_panel_);
     return out;
   }
 
@@ -218,9 +338,19 @@ class KvCache {
   }
   void store_halves(std::uint8_t* plane, std::size_t position, const float* k, const float* v,
                     const detail::KernelTable& kernels) noexcept {
+    store_halves_at(plane, key_panel_, plane + key_bytes_, value_panel_, position, k, v, kernels);
+  }
+  void store_recent(std::uint8_t* plane, std::size_t position, const float* k, const float* v,
+                    const detail::KernelTable& kernels) noexcept {
+    store_halves_at(plane + recent_keys_at_, recent_key_panel_, plane + recent_values_at_, recent_value_panel_,
+                    position % ring_, k, v, kernels);
+  }
+  void store_halves_at(std::uint8_t* keys, std::size_t key_panel, std::uint8_t* values, std::size_t value_panel,
+                       std::size_t position, const float* k, const float* v,
+                       const detail::KernelTable& kernels) noexcept {
     using detail::panel_width;
     std::uint16_t* key =
-        reinterpret_cast<std::uint16_t*>(plane + position / panel_width * key_panel_) + position % panel_width;
+        reinterpret_cast<std::uint16_t*>(keys + position / panel_width * key_panel) + position % panel_width;
     std::uint16_t half[panel_width];
     bool finite = true;
     for (std::size_t d = 0; d < options_.head_size; d += panel_width) {
@@ -229,10 +359,116 @@ class KvCache {
       for (std::size_t j = 0; j < n; ++j) key[(d + j) * panel_width] = half[j];
       kernels.fp16_from_float(v + d, n, half);
       for (std::size_t j = 0; j < n; ++j) finite = finite && (half[j] & 0x7C00U) != 0x7C00U;
-      std::memcpy(plane + key_bytes_ + d / panel_width * value_panel_ + position * panel_width * sizeof(half[0]),
-                  half, n * sizeof(half[0]));
+      std::memcpy(values + d / panel_width * value_panel + position * panel_width * sizeof(half[0]), half,
+                  n * sizeof(half[0]));
     }
     note(finite);
+  }
+
+  /// INT4: a grid of 16 values over [low, high].
+  struct BlockGrid {
+    float scale = 0.0F;
+    float offset = 0.0F;  // what code 8 stands for
+    float low = 0.0F;
+
+    BlockGrid(float least, float most, bool finite, bool half) {
+      if (!finite) {
+        scale = offset = std::numeric_limits<float>::quiet_NaN();
+        return;
+      }
+      low = least;
+      scale = (most - least) / 15.0F;
+      if (half) scale = float_from_fp16(fp16_from_float(scale));
+      offset = std::fma(8.0F, scale, low);
+      if (half) offset = float_from_fp16(fp16_from_float(offset));
+    }
+    std::uint32_t code(float x) const noexcept {
+      if (!(scale > 0.0F)) return 8;  // all alike, or not finite
+      const float q = std::nearbyint((x - offset) / scale) + 8.0F;
+      return q <= 0.0F ? 0U : q >= 15.0F ? 15U : static_cast<std::uint32_t>(q);
+    }
+  };
+
+  /// Codes of a block whose positions are all in the ring.
+  void close(std::uint8_t* plane, std::size_t block, const detail::KernelTable& kernels) noexcept {
+    using namespace detail;
+    const std::size_t first = block * kv_group, slot = first % ring_;
+    const auto* recent = plane + recent_keys_at_;
+    auto* key_scales = reinterpret_cast<std::uint16_t*>(plane + key_scales_at_) + block * options_.head_size;
+    auto* key_offsets =
+        reinterpret_cast<std::uint16_t*>(plane + key_offsets_at_ + block / panel_width * key_offset_panel_) +
+        block % panel_width;
+    for (std::size_t p = 0; p < kv_group; p += panel_width)
+      std::memset(plane + (first + p) / panel_width * key_panel_, 0, key_panel_);
+    for (std::size_t d = 0; d < options_.head_size; ++d) {
+      float x[kv_group];
+      for (std::size_t p = 0; p < kv_group; p += panel_width)
+        kernels.float_from_fp16(
+            reinterpret_cast<const std::uint16_t*>(recent + (slot + p) / panel_width * recent_key_panel_) +
+                d * panel_width,
+            panel_width, x + p);
+      const LineRange range = kernels.line_range(x, kv_group);
+      const BlockGrid grid(range.min, range.max, range.finite, true);
+      key_scales[d] = fp16_from_float(grid.scale);
+      key_offsets[d * panel_width] = fp16_from_float(grid.offset);
+      for (std::size_t p = 0; p < kv_group; ++p)
+        put_nibble(plane + (first + p) / panel_width * key_panel_ + p % panel_width * 4, d, grid.code(x[p]));
+    }
+    auto* value_scales = reinterpret_cast<float*>(plane + value_scales_at_);
+    auto* value_offsets = reinterpret_cast<float*>(plane + value_offsets_at_);
+    const auto panels = ceil_div(options_.head_size, panel_width);
+    for (std::size_t panel = 0; panel < panels; ++panel)
+      std::memset(plane + key_bytes_ + panel * value_panel_ + first / 8 * 64, 0, kv_group / 8 * 64);
+    for (std::size_t p = 0; p < kv_group; ++p)
+      for (std::size_t begin = 0; begin < options_.head_size; begin += kv_value_group) {
+        const std::size_t n = std::min(kv_value_group, options_.head_size - begin);
+        float x[kv_value_group];
+        for (std::size_t d = 0; d < n; d += panel_width)
+          kernels.float_from_fp16(
+              reinterpret_cast<const std::uint16_t*>(plane + recent_values_at_ +
+                                                     (begin + d) / panel_width * recent_value_panel_) +
+                  (slot + p) * panel_width,
+              std::min(panel_width, n - d), x + d);
+        const LineRange range = kernels.line_range(x, n);
+        const BlockGrid grid(range.min, range.max, range.finite, false);
+        value_scales[begin / kv_value_group * padded_positions_ + first + p] = grid.scale;
+        value_offsets[begin / kv_value_group * padded_positions_ + first + p] = grid.offset;
+        for (std::size_t d = 0; d < n; ++d)
+          put_nibble(plane + key_bytes_ + (begin + d) / panel_width * value_panel_ + d % panel_width * 4,
+                     first + p, grid.code(x[d]));
+      }
+  }
+  /// Sets the code of input k of a lane; `lane` is where the lane's first unit is. The code was 0.
+  static void put_nibble(std::uint8_t* lane, std::size_t k, std::uint32_t code) noexcept {
+    std::uint8_t& byte = lane[k / 8 * 64 + k % 4];
+    byte = static_cast<std::uint8_t>(byte | (code << (k % 8 / 4 * 4)));
+  }
+  static std::uint32_t nibble_at(const std::uint8_t* lane, std::size_t k) noexcept {
+    return (static_cast<std::uint32_t>(lane[k / 8 * 64 + k % 4]) >> (k % 8 / 4 * 4)) & 15U;
+  }
+
+  /// The values of a closed block's codes to the ring.
+  void reopen(std::size_t layer, std::size_t head, std::size_t block) {
+    using namespace detail;
+    const KvBlocks b = blocks(layer, head);
+    std::uint8_t* plane = plane_at(layer, head);
+    const KernelTable& table = detail::kernels();
+    const bool was = exceptional();
+    std::vector<float> k(options_.head_size), v(options_.head_size);
+    for (std::size_t p = block * kv_group; p < (block + 1) * kv_group; ++p) {
+      for (std::size_t d = 0; d < options_.head_size; ++d) {
+        const std::uint8_t* key = plane + p / panel_width * key_panel_ + p % panel_width * 4;
+        const std::uint8_t* value = plane + key_bytes_ + d / panel_width * value_panel_ + d % panel_width * 4;
+        const float key_offset = float_from_fp16(reinterpret_cast<const std::uint16_t*>(
+            b.key_offsets.codes + block / panel_width * key_offset_panel_)[d * panel_width + block % panel_width]);
+        const std::size_t at = d / kv_value_group * padded_positions_ + p;
+        k[d] = std::fma(float_from_fp16(b.key_scales[block * options_.head_size + d]),
+                        static_cast<float>(nibble_at(key, d)) - 8.0F, key_offset);
+        v[d] = std::fma(b.value_scales[at], static_cast<float>(nibble_at(value, p)) - 8.0F, b.value_offsets[at]);
+      }
+      store_recent(plane, p, k.data(), v.data(), table);
+    }
+    __atomic_store_n(&exceptional_, was, __ATOMIC_RELAXED);
   }
   void store_codes(std::uint8_t* plane, std::size_t position, const float* k, const float* v,
                    const detail::KernelTable& kernels) noexcept {
@@ -295,6 +531,20 @@ class KvCache {
   std::size_t plane_ = 0;
   std::size_t padded_positions_ = 0;
   std::size_t padded_inputs_ = 0;
+  // INT4: where in a plane its parts are, and from one panel to the next.
+  std::size_t key_scales_at_ = 0;
+  std::size_t key_offsets_at_ = 0;
+  std::size_t value_scales_at_ = 0;
+  std::size_t value_offsets_at_ = 0;
+  std::size_t recent_keys_at_ = 0;
+  std::size_t recent_values_at_ = 0;
+  std::size_t key_offset_panel_ = 0;
+  std::size_t recent_key_panel_ = 0;
+  std::size_t recent_value_panel_ = 0;
+  std::size_t ring_ = 0;
+  std::size_t reach_ = 0;              // positions that counted since the last cut
+  std::vector<std::uint32_t> stored_;  // [layers][blocks]: a bit a position
+  std::vector<float> ones_;
   bool exceptional_ = false;
   std::unique_ptr<std::uint8_t[], Free> memory_;
   std::uint8_t* base_ = nullptr;

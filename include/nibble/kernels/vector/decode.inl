@@ -47,7 +47,7 @@ inline Decode decode_of(const PanelView& w) noexcept {
 // The table that a panel's codes index. Kinds without one are given one all the same: nothing reads it.
 inline const float* table_of(const PanelView& w) noexcept {
   if (is_codebook(w.format)) return w.codebook;
-  return w.symmetry == Symmetry::symmetric ? int4_levels : nibble_values;
+  return w.symmetry == Symmetry::symmetric || is_bit_stream(w.format) ? int4_levels : nibble_values;
 }
 
 // With 32 registers there is room for the constants.
@@ -60,6 +60,9 @@ constexpr bool in_planes(Decode kind) noexcept { return kind >= Decode::int2; }
 constexpr unsigned plane_bits(Decode kind) noexcept {
   return kind == Decode::int2 ? 2 : kind == Decode::int3 ? 3 : kind == Decode::int5 ? 5 : 6;
 }
+// What a byte q - zero has added, so that zero points cost an addition of bytes for four k: below 4 bits it is then an
+// index of int4_levels, above it keeps bytes positive.
+constexpr std::int32_t zero_bias(Decode kind) noexcept { return plane_bits(kind) < 4 ? 8 : 64; }
 // k of a unit, and its bytes in a panel.
 constexpr std::size_t unit_k(Decode kind) noexcept { return in_planes(kind) ? bits_k_unit : k_unit; }
 constexpr std::size_t unit_bytes(Decode kind) noexcept {
@@ -117,13 +120,16 @@ struct Decoder {
         const std::size_t index = (panel * w.groups + g) * panel_width + static_cast<std::size_t>(h * lanes);
         scale[h] = load_scales(w.scales, w.scale_type, index);
         if constexpr (in_planes(kind)) {
-          zeros[h] = set1_int(w.symmetry == Symmetry::symmetric ? 1 << (plane_bits(kind) - 1) : 0);
           offset[h] = set1(-0.0F);
+          if (w.symmetry == Symmetry::float_offset) offset[h] = load_scales(w.zeros, w.scale_type, index);
+          zeros[h] = set1_int(w.symmetry == Symmetry::symmetric ? 1 << (plane_bits(kind) - 1) : 0);
           if (w.symmetry == Symmetry::asymmetric)
             zeros[h] = load_s8(static_cast<const std::int8_t*>(w.zeros) + index);
-          if (w.symmetry == Symmetry::float_offset) offset[h] = load_scales(w.zeros, w.scale_type, index);
-          base[h] = add(to_float(zeros[h]), set1(byte_base<0>()));
-          base[halves + h] = add(to_float(zeros[h]), set1(byte_base<8>()));
+          if constexpr (bytes_by_logic) {
+            const Vi byte = sub_int(set1_int(zero_bias(kind)), zeros[h]);
+            const Vi two = or_int(byte, shift_left<8>(byte));
+            zeros[h] = or_int(two, shift_left<16>(two));
+          }
         }
         if constexpr (kind == Decode::int8_offset || kind == Decode::int4_offset)
           offset[h] = load_scales(w.zeros, w.scale_type, index);
@@ -198,10 +204,13 @@ struct Decoder {
       if constexpr (I % 2 == 0) return from_bits(shift_left<16>(pair));
       return from_bits(and_int(pair, set1_int(static_cast<std::int32_t>(0xFFFF0000U))));
     } else if constexpr (in_planes(kind)) {
-      const Vi four = bytes<I / 4>(h);
+      Vi four = bytes<I / 4>(h);
       if constexpr (bytes_by_logic) {
+        four = add_int(four, zeros[h]);
+        if constexpr (plane_bits(kind) < 4) return fma(scale[h], lookup16<I % 4 * 8>(table, four), offset[h]);
         const Vf q = byte_under_base<I % 2 * 8>(I % 4 < 2 ? four : shift_right<16>(four));
-        return fma(scale[h], sub(q, base[I % 2 * halves + h]), offset[h]);
+        return fma(scale[h], sub(q, set1(byte_base<I % 2 * 8>() + static_cast<float>(zero_bias(kind)))),
+                   offset[h]);
       } else {
         return fma(scale[h], to_float(sub_int(byte_of_lanes<I % 4>(four), zeros[h])), offset[h]);
       }

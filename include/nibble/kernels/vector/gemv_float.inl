@@ -21,6 +21,19 @@ NIBBLE_ALWAYS_INLINE void gemv_step(const Decoder<kind>& d, const Lookup16& tabl
   }
 }
 
+// Four k of all panels: sixteen of one after the other would be a chain of FMAs longer than a CPU looks ahead.
+template <Decode kind, int R, int P, int M>
+NIBBLE_ALWAYS_INLINE void gemv_four(const Decoder<kind> (&d)[P], const Lookup16& table, const float* const* x,
+                                    std::size_t k, Vf (&sum)[P][R][halves]) noexcept {
+  NIBBLE_UNROLL
+  for (int p = 0; p < P; ++p) {
+    gemv_step<kind, R, P, 4 * M>(d[p], table, x, k, sum[p]);
+    gemv_step<kind, R, P, 4 * M + 1>(d[p], table, x, k, sum[p]);
+    gemv_step<kind, R, P, 4 * M + 2>(d[p], table, x, k, sum[p]);
+    gemv_step<kind, R, P, 4 * M + 3>(d[p], table, x, k, sum[p]);
+  }
+}
+
 // R rows, P panels at once, decoded in registers. The panels are as many independent FMA chains, and as many
 // streams for the hardware prefetchers.
 template <Decode kind, int R, int P>
@@ -56,6 +69,18 @@ inline void gemv_tile(const FloatGemvArgs& a, std::size_t row) noexcept {
       const std::size_t end = whole - k < group_size ? whole : k + group_size;
       for (; k < end; k += units) {
         const std::size_t at = k / units * unit_bytes(kind);
+        if constexpr (in_planes(kind)) {
+          NIBBLE_UNROLL
+          for (std::size_t p = 0; p < P; ++p) {
+            prefetch_lines<static_cast<int>((unit_bytes(kind) + 63) / 64)>(codes[p], at + gemv_prefetch);
+            d[p].unit(codes[p] + at);
+          }
+          gemv_four<kind, R, P, 0>(d, table, x, k, sum);
+          gemv_four<kind, R, P, 1>(d, table, x, k, sum);
+          gemv_four<kind, R, P, 2>(d, table, x, k, sum);
+          gemv_four<kind, R, P, 3>(d, table, x, k, sum);
+          continue;
+        }
         NIBBLE_UNROLL
         for (std::size_t p = 0; p < P; ++p) {
           prefetch_lines<static_cast<int>((unit_bytes(kind) + 63) / 64)>(codes[p], at + gemv_prefetch);
@@ -68,16 +93,6 @@ inline void gemv_tile(const FloatGemvArgs& a, std::size_t row) noexcept {
           gemv_step<kind, R, P, 5>(d[p], table, x, k, sum[p]);
           gemv_step<kind, R, P, 6>(d[p], table, x, k, sum[p]);
           gemv_step<kind, R, P, 7>(d[p], table, x, k, sum[p]);
-          if constexpr (units == 16) {
-            gemv_step<kind, R, P, 8>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 9>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 10>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 11>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 12>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 13>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 14>(d[p], table, x, k, sum[p]);
-            gemv_step<kind, R, P, 15>(d[p], table, x, k, sum[p]);
-          }
         }
       }
     }
