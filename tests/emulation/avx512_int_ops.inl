@@ -91,7 +91,7 @@ NIBBLE_EMULATED Int select_bytes(Int a, Int b) noexcept {
   constexpr std::uint32_t mask = 0x01010101U * static_cast<std::uint32_t>(Byte);
   return each<Int>([&](int i) { return wrap((bits(a.lane[i]) & mask) | (bits(b.lane[i]) & ~mask)); });
 }
-NIBBLE_EMULATED Int load_top_bits(const std::uint8_t* p) noexcept {
+NIBBLE_EMULATED Int load_top_bits(const std::uint8_t* p, int) noexcept {
   return each<Int>([&](int i) {
     std::uint32_t v;
     std::memcpy(&v, p + i % 8 * 4, 4);

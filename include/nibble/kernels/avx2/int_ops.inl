@@ -59,6 +59,31 @@ NIBBLE_ALWAYS_INLINE Int high_nibbles(Int a) noexcept {
   return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
 }
 
+/// Bits of 32-bit lanes moved by N: what leaves a byte enters the next one.
+template <int N>
+NIBBLE_ALWAYS_INLINE Int shift_right_bits(Int a) noexcept {
+  return _mm256_srli_epi32(a, N);
+}
+template <int N>
+NIBBLE_ALWAYS_INLINE Int shift_left_bits(Int a) noexcept {
+  return _mm256_slli_epi32(a, N);
+}
+/// Every byte & Byte; every byte's bits of Byte from a, the others from b.
+template <int Byte>
+NIBBLE_ALWAYS_INLINE Int and_bytes(Int a) noexcept {
+  return _mm256_and_si256(a, _mm256_set1_epi8(Byte));
+}
+template <int Byte>
+NIBBLE_ALWAYS_INLINE Int select_bytes(Int a, Int b) noexcept {
+  const Int mask = _mm256_set1_epi8(Byte);
+  return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+/// A plane of one bit a code (kernels/args.hpp) of half h of a panel: its bits in the low nibbles, whatever in the high.
+NIBBLE_ALWAYS_INLINE Int load_top_bits(const std::uint8_t* p, int h) noexcept {
+  const Int both = load_int(p);
+  return h == 0 ? both : _mm256_srli_epi32(both, 4);
+}
+
 // GCC 12 moves the products of an unrolled loop before the additions and spills them: an asm keeps both together.
 /// u8 . s8 over pairs of bytes, int16. Exact where u8 is at most 15.
 NIBBLE_ALWAYS_INLINE Int dot16(Int u8, Int s8) noexcept {

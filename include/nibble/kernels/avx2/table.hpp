@@ -56,6 +56,8 @@ namespace floats {
 #include "nibble/kernels/vector/int_params.inl"
 #include "nibble/kernels/avx2/w8a8.inl"
 #include "nibble/kernels/avx2/w4a8.inl"
+#include "nibble/kernels/vector/bit_codes.inl"
+#include "nibble/kernels/avx2/wba8.inl"
 // clang-format on
 
 inline constexpr KernelTable table = [] {
@@ -64,6 +66,8 @@ inline constexpr KernelTable table = [] {
   t.int_panels = 2;
   t.gemm_w8a8 = &gemm_w8a8;
   t.gemm_w4a8 = &gemm_w4a8;
+  t.gemm_bits = &gemm_bits;
+  t.gemm_bits_rows = 1;
   floats::fill(t);
   t.bf16_tile_rows = floats::bf16_tile_rows;
   t.gemm_bf16 = &floats::gemm_bf16;

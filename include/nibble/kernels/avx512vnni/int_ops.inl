@@ -59,7 +59,7 @@ NIBBLE_ALWAYS_INLINE Int select_bytes(Int a, Int b) noexcept {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8(Byte), a, b, 0xCA);
 }
 /// A plane of one bit a code (kernels/args.hpp): its bits in the low nibbles, whatever in the high.
-NIBBLE_ALWAYS_INLINE Int load_top_bits(const std::uint8_t* p) noexcept {
+NIBBLE_ALWAYS_INLINE Int load_top_bits(const std::uint8_t* p, int) noexcept {
   const Int both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
 }

@@ -64,6 +64,7 @@ namespace floats {
 #include "nibble/kernels/avx512vnni/int_tiles.inl"
 #include "nibble/kernels/avx512vnni/w8a8.inl"
 #include "nibble/kernels/avx512vnni/w4a8.inl"
+#include "nibble/kernels/vector/bit_codes.inl"
 #include "nibble/kernels/avx512vnni/wba8.inl"
 // clang-format on
 

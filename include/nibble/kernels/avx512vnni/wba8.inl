@@ -3,64 +3,22 @@
 //
 // Port arithmetic for 16 k of a panel, 32 bytes a bit: int2 1 load, 7 logic and shift operations, 4 dpbusd; int3 2 loads
 // and 15; int5 3 and 15; int6 3 and 14: at most 19 on four pipes, 5 cycles for 64 to 192 bytes. DRAM at 40 GB/s and 4.1
-// GHz gives 64 bytes in 6.6 cycles: it binds from int2 on.
+// GHz gives 64 bytes in 6.6 cycles: it binds from int2 on. Measured, Zen 5 (EPYC), one core, 2026-11-23, 8192 x 8192 in
+// DRAM, groups of 64 with integer zero points, GB/s of codes, scales and zeros: int2 45.6-48.5, int3 45.6, int5 45-46.5,
+// int6 43.5-45.5, int4 47-48, int8 45-48, the read loop 41-44; time beside int4's: 0.55, 0.80, 1.27, 1.55 (bytes: 0.54,
+// 0.77, 1.23, 1.46). Expanded, 4096 x 4096, 64 rows: int2 and int3 700 GOP/s (int4 753), int5 and int6 660 (int8 724); 4
+// rows 430-470 and 280-300 (689 and 479).
 
 namespace bit_lines {
 
 using int_ops::Float;
 using int_ops::Int;
 
-/// 16 k of 16 channels in planes (kernels/args.hpp).
-template <unsigned Bits>
-struct Codes {
-  static constexpr std::size_t unit_bytes = 32 * Bits;
-  static constexpr std::int32_t bias = 0;
-  static constexpr std::int32_t symmetric_shift = Bits - 1;
-  static constexpr std::int32_t plain_shift = 32;
-
-  static NIBBLE_ALWAYS_INLINE void load(const std::uint8_t* p, Int (&w)[4]) noexcept {
-    using namespace int_ops;
-    if constexpr (Bits < 4) {
-      const Int pairs = load_codes(p);
-      w[0] = pairs;
-      w[1] = shift_right_bits<2>(pairs);
-      w[2] = shift_right_bits<4>(pairs);
-      w[3] = shift_right_bits<6>(pairs);
-      if constexpr (Bits == 2) {
-#pragma GCC unroll 4
-        for (int m = 0; m < 4; ++m) w[m] = and_bytes<3>(w[m]);
-      } else {
-        const Int top = load_top_bits(p + 64);
-        w[0] = and_bytes<7>(select_bytes<3>(w[0], shift_left_bits<2>(top)));
-        w[1] = and_bytes<7>(select_bytes<3>(w[1], shift_left_bits<1>(top)));
-        w[2] = and_bytes<7>(select_bytes<3>(w[2], top));
-        w[3] = and_bytes<7>(select_bytes<3>(w[3], shift_right_bits<1>(top)));
-      }
-    } else {
-      const Int first = load_codes(p);
-      const Int second = load_codes(p + 64);
-      if constexpr (Bits == 5) {
-        const Int top = load_top_bits(p + 128);
-        w[0] = and_bytes<31>(select_bytes<15>(first, shift_left_bits<4>(top)));
-        w[1] = and_bytes<31>(select_bytes<15>(shift_right_bits<4>(first), shift_left_bits<3>(top)));
-        w[2] = and_bytes<31>(select_bytes<15>(second, shift_left_bits<2>(top)));
-        w[3] = and_bytes<31>(select_bytes<15>(shift_right_bits<4>(second), shift_left_bits<1>(top)));
-      } else {
-        const Int top = load_codes(p + 128);
-        w[0] = and_bytes<63>(select_bytes<15>(first, shift_left_bits<4>(top)));
-        w[1] = and_bytes<63>(select_bytes<15>(shift_right_bits<4>(first), shift_left_bits<2>(top)));
-        w[2] = and_bytes<63>(select_bytes<15>(second, top));
-        w[3] = and_bytes<63>(select_bytes<15>(shift_right_bits<4>(second), shift_right_bits<2>(top)));
-      }
-    }
-  }
-};
-
 /// One row times all panels of a call, panel after panel: what a group ends with is chosen at run time, for a branch that
 /// always goes the same way costs nothing, and a variant of its own would have to be compiled.
 template <unsigned Bits>
 inline void line(const IntGemmArgs& args, std::size_t row) noexcept {
-  using Weights = Codes<Bits>;
+  using Weights = int_params::BitCodes<Bits>;
   const IntGemmArgs a = args;
   const PanelView& w = a.w;
   const Int shift = int_params::bias_shift<Weights>(w.symmetry);
@@ -92,7 +50,7 @@ inline void line(const IntGemmArgs& args, std::size_t row) noexcept {
         for (std::size_t at = 0; at < Weights::unit_bytes; at += 64)
           int_ops::prefetch(codes + at + int_tiles::prefetch_bytes);
         Int u[4];
-        Weights::load(codes, u);
+        Weights::load(codes, 0, u);
 #pragma GCC unroll 4
         for (int m = 0; m < 4; ++m) int_ops::dot_broadcast(d[m], u[m], x + 4 * m);
       }
