@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "llm/calibrate.hpp"
 #include "llm/linear.hpp"
 #include "llm/model_file.hpp"
 #include "llm/quantize_model.hpp"
@@ -289,6 +290,64 @@ TEST(QuantizedActivations, StaticScalesEqualTheDefinition) {
   EXPECT_NO_THROW(q.assign_static(x, good, 2, 16));
 }
 
+// The scales are those of the inputs that a naive look finds: x'' of every layer, all tokens of all windows.
+TEST(Calibrate, FindsTheLargestInputs) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::int8));
+  const llm::Model model = changed(m, [&](std::size_t, const std::string& name, const Eigen::MatrixXf& w) {
+    LinearExtras e;
+    if (name == "ffn_down") e.input_order = some_order(80, 2);
+    return Linear(pack(w, llm_test::scheme_of(Format::int8)), e);
+  });
+  std::vector<std::vector<Token>> windows;
+  for (const std::size_t n : {20, 1, 33}) windows.push_back(llm_test::some_tokens(n, 101));
+  struct Look : llm::InputObserver {
+    std::map<const Linear*, Eigen::VectorXf> largest;
+    void see(const Linear& w, const Eigen::Ref<const Eigen::MatrixXf>& x) override {
+      Eigen::VectorXf& to = largest[&w];
+      if (to.size() == 0) to = Eigen::VectorXf::Zero(x.rows());
+      to = to.cwiseMax(x.cwiseAbs().rowwise().maxCoeff());
+    }
+  } look;
+  llm::RunnerOptions running;
+  running.activations = Activations::fp32;
+  running.observer = &look;
+  llm::Runner runner(model, running);
+  for (const std::vector<Token>& window : windows) {  // token by token
+    auto cache = runner.new_cache();
+    for (const Token& t : window) runner.append(cache, &t, 1);
+  }
+  nibble::ThreadPool pool(2);
+  for (const std::size_t group : {0, 32}) {
+    llm::CalibrateOptions options;
+    options.group = group;
+    options.pool = &pool;
+    const std::map<std::string, LinearExtras> all = llm::calibrate(model, windows, options);
+    ASSERT_EQ(all.size(), 14U);
+    const auto check = [&](const std::string& name, const Linear& w) {
+      const LinearExtras& e = all.at(name);
+      const Eigen::VectorXf& largest = look.largest.at(&w);
+      EXPECT_EQ(e.activation_group, group);
+      const Eigen::Index length = group == 0 ? largest.size() : static_cast<Eigen::Index>(group);
+      for (Eigen::Index k = 0, g = 0; k < largest.size(); k += length, ++g)
+        EXPECT_EQ(e.activation_scales.at(static_cast<std::size_t>(g)),
+                  largest.segment(k, std::min(length, largest.size() - k)).maxCoeff() / 127.0F)
+            << name;
+    };
+    check("blk.0.attn_v.weight", model.layers[0].value);
+    check("blk.1.attn_output.weight", model.layers[1].output);
+    check("blk.1.ffn_down.weight", model.layers[1].down);
+    EXPECT_EQ(all.at("blk.1.ffn_down.weight").input_order, some_order(80, 2));
+  }
+  EXPECT_THROW(llm::calibrate(model, {}), nibble::InvalidArgument);
+  EXPECT_THROW(llm::calibrate(model, {{1}, {}}), nibble::InvalidArgument);
+  llm::CalibrateOptions odd;
+  odd.group = 5;
+  EXPECT_THROW(llm::calibrate(model, windows, odd), nibble::InvalidArgument);
+  llm::Model broken = model;
+  broken.layers[0].attention_norm[3] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(llm::calibrate(broken, windows), nibble::InvalidArgument);
+}
+
 // ---- Files ----
 
 llm::Hparams file_hparams() {
@@ -346,6 +405,19 @@ TEST(Files, KeepExtras) {
   same.keep.push_back(llm::parse_keep("blk=same"));
   llm::quantize_to_packed(*file, folder / "b.safetensors", same, nullptr, [](const std::string&) {});
   EXPECT_TRUE(same_bits(logits(llm::load_model(*llm::open_model(folder / "b.safetensors")), {70}, nullptr), want));
+  // Static scales from a calibration, into a file and back.
+  const std::map<std::string, LinearExtras> scales =
+      llm::calibrate(expected, {llm_test::some_tokens(30, 101)}, llm::CalibrateOptions());
+  llm::quantize_to_packed(
+      *file, folder / "c.safetensors", same, nullptr, [](const std::string&) {}, scales);
+  const auto with_scales = llm::open_model(folder / "c.safetensors");
+  for (const auto& named : scales) {
+    ASSERT_NE(with_scales->extras(named.first), nullptr) << named.first;
+    EXPECT_EQ(with_scales->extras(named.first)->activation_scales, named.second.activation_scales);
+    EXPECT_TRUE(with_scales->extras(named.first)->same_input(named.second));
+  }
+  EXPECT_TRUE(
+      with_scales->extras("blk.1.attn_output.weight")->bias.isApprox(all.at("blk.1.attn_output.weight").bias));
   EXPECT_THROW(llm::quantize_to_gguf(*file, folder / "b.gguf", same, [](const std::string&) {}),
                nibble::InvalidArgument);
 }

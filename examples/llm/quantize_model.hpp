@@ -211,15 +211,16 @@ inline bool wants_gguf(const std::string& path) {
   return false;
 }
 
-/// Writes `in` to the packed safetensors file `path` under `plan`. Calls done(tensor name) after each tensor.
+/// Writes `in` to the packed safetensors file `path` under `plan`. Calls done(tensor name) after each tensor. `extras`, by
+/// the name of the matrix, stand in the place of those of the file, as calibrate() makes them.
 template <class Done>
 QuantizeReport quantize_to_packed(const ModelFile& in, const std::string& path, const QuantizePlan& plan,
-                                  nibble::ThreadPool* pool, Done&& done) {
+                                  nibble::ThreadPool* pool, Done&& done,
+                                  std::map<std::string, LinearExtras> extras = {}) {
   using namespace quantize_detail;
   nibble::PackedFileWriter out(path);
   add_model_data(out, in.hparams(), in.vocabulary());
   // Codes stay in the order, and for the inputs, that they had.
-  std::map<std::string, LinearExtras> extras;
   for (const TensorInfo& t : in.tensors())
     if (const LinearExtras* e = in.extras(t.name)) extras.emplace(t.name, *e);
   add_linear_extras(out, in.hparams(), extras);

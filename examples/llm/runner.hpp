@@ -27,18 +27,32 @@
 
 namespace llm {
 
+/// Sees what every linear layer multiplies, as the layer wants it (rotated, reordered), before it is quantized.
+class InputObserver {
+ public:
+  InputObserver() = default;
+  InputObserver(const InputObserver&) = delete;
+  InputObserver& operator=(const InputObserver&) = delete;
+  virtual ~InputObserver() = default;
+  /// `w` is one of the model's own; x has a token a column.
+  virtual void see(const Linear& w, const Eigen::Ref<const Eigen::MatrixXf>& x) = 0;
+};
+
 struct RunnerOptions {
   std::size_t context = 2048;  // positions that a sequence may reach
   std::size_t block = 512;     // tokens computed at once
   /// What integer weights are multiplied with. fp32: floats. automatic: INT8 codes as the linear layer says - on its
   /// static scales, or apart from its outliers - or else as int8_grouped. int8_grouped: INT8 codes, a scale a token and
-  /// group of inputs. int8: a scale a token in the blocks; the output layer's are always in groups.
+  /// group of inputs. int8: a scale a token.
   nibble::Activations activations = nibble::Activations::automatic;
   /// Above 0: LLM.int8() in all blocks, what activations says but for those from here on, which stay floats.
   float outlier_threshold = 0.0F;
+  /// Of the output layer, where those of the blocks are no floats: fp32, or automatic, a scale a token and group.
+  nibble::Activations output_activations = nibble::Activations::automatic;
   nibble::KvFormat kv_format = nibble::KvFormat::fp16;
   nibble::ThreadPool* pool = nullptr;  // nullptr: the calling thread alone
   Profile* profile = nullptr;          // where time is written down, if anywhere
+  InputObserver* observer = nullptr;   // who looks at the blocks' inputs, if anybody
 };
 
 /// Tokens that one sequence of a batch goes on with.
@@ -230,6 +244,7 @@ class Runner {
     const LinearExtras* e = w.extras();
     if (e != nullptr && e->transforms_input()) form.transform = e, form.rotation = w.rotation();
     if (options_.activations == Activations::fp32 || !nibble::is_integer(w.format())) return form;
+    if (!block && options_.output_activations == Activations::fp32) return form;
     const bool automatic = options_.activations == Activations::automatic;
     const bool token = block && options_.activations == Activations::int8;
     float threshold = block ? options_.outlier_threshold : 0.0F;
@@ -270,6 +285,7 @@ class Runner {
       for (const Product& p : products) {
         const Form form = runner_.form_of(p.w, block_);
         work += work_of(p.w, form.kind != Kind::floats);
+        if (block_ && runner_.options_.observer != nullptr) runner_.options_.observer->see(p.w, transformed(form));
         const nibble::Epilogue epilogue = runner_.epilogue_of(p, n_);
         // Codes that other products have yet to read stay until then.
         if (form.kind != Kind::floats && !(ready_ && form.same(form_))) {

@@ -51,6 +51,9 @@ inline RunnerOptions runner_options(const Common& c, const Model& model) {
   if (c.activations == "int8") options.activations = Activations::int8_grouped;
   if (c.activations == "int8-token" || c.activations == "llm-int8") options.activations = Activations::int8;
   if (c.activations == "llm-int8") options.outlier_threshold = c.outlier_threshold;
+  // As the papers have it: the output layer stays out of these.
+  if (c.activations == "int8-token" || c.activations == "llm-int8" || c.activations == "int8-static")
+    options.output_activations = Activations::fp32;
   if (c.activations != "int8-static") return options;
   for (const Layer& l : model.layers)
     for (const Linear* w : l.linears())
@@ -143,7 +146,8 @@ inline void add_common(CLI::App* app, Common& c, bool runs) {
          "What integer weights are multiplied with. float: exact products of the dequantized weights; int8: "
          "codes, a "
          "scale a token and 32 inputs; int8-token: a scale a token; int8-static: the file's scales; llm-int8: as "
-         "int8-token, but large activations stay floats; auto: as the file says, or else int8")
+         "int8-token, but large activations stay floats (the output layer is float in these three); auto: as the "
+         "file says, or else int8")
       ->check(CLI::IsMember({"auto", "float", "int8", "int8-token", "int8-static", "llm-int8"}))
       ->capture_default_str();
   app->add_option("--outlier-threshold", c.outlier_threshold, "From where on activations are large, for llm-int8")
