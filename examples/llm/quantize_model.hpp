@@ -137,6 +137,17 @@ inline nibble::GgufType gguf_type_of(const nibble::Scheme& s, const TensorInfo& 
   return nibble::GgufType::q4_1;
 }
 
+/// The same for a tensor as it is stored: int4 with integer zero points is Q4_1 where every scale times its zero point is
+/// an fp16 number.
+inline nibble::GgufType gguf_type_of(const ModelFile& in, const nibble::Scheme& s, const TensorInfo& tensor) {
+  if (s.format != nibble::Format::int4 || s.symmetry != nibble::Symmetry::asymmetric)
+    return gguf_type_of(s, tensor);
+  const std::string obstacle = nibble::detail::gguf_obstacle(in.quantized(tensor.name), nibble::GgufType::q4_1);
+  nibble::detail::require(obstacle.empty(), "a GGUF cannot hold '", tensor.name, "' (", name_of(s),
+                          ") exactly as Q4_1: ", obstacle, "; write a .safetensors");
+  return nibble::GgufType::q4_1;
+}
+
 /// general.file_type as llama.cpp numbers it.
 inline std::uint32_t gguf_file_type(nibble::GgufType type) {
   switch (type) {
@@ -289,7 +300,7 @@ QuantizeReport quantize_to_gguf(const ModelFile& in, const std::string& path, co
       if (t.is_matrix() && t.name.compare(0, 4, "blk.") == 0) main_like = item.copy;
     } else if (t.is_matrix()) {
       item.scheme = resolved(format ? scheme_of(*format, true) : in.scheme(t.name), t);
-      item.type = gguf_type_of(item.scheme, t);
+      item.type = format ? gguf_type_of(item.scheme, t) : gguf_type_of(in, item.scheme, t);
       item.quantized = format.has_value();
     }
     items.push_back(item);

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../hf_export.hpp"
 #include "../progress.hpp"
 #include "../ptq/calibration.hpp"
 #include "../ptq/pipeline.hpp"
@@ -30,6 +31,7 @@ struct QuantizeArguments {
   bool symmetric = false;
   bool float_offset = false;
   std::vector<std::string> keep;
+  std::string export_as;
   std::string calibration;
   WindowOptions windows;
   std::uint64_t seed = 0;
@@ -251,7 +253,26 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
                  {"seconds", seconds}});
 }
 
+inline void quantize(const Common& c, QuantizeArguments a);
+
+/// By way of a packed file beside the folder.
+inline void quantize_and_export(const Common& c, const QuantizeArguments& a) {
+  const HfExport kind = parse_hf_export(a.export_as);
+  QuantizeArguments packed = a;
+  packed.export_as.clear();
+  packed.out = a.out + ".safetensors";
+  quantize(c, packed);
+  {
+    const auto file = open_model(packed.out);
+    Progress progress("export", file->tensors().size());
+    write_hf_folder(*file, a.out, kind, [&](const std::string& name) { progress.step(name); });
+  }
+  std::filesystem::remove(packed.out);
+  std::printf("%s: a Hugging Face folder, %s\n", a.out.c_str(), a.export_as.c_str());
+}
+
 inline void quantize(const Common& c, QuantizeArguments a) {
+  if (!a.export_as.empty()) return quantize_and_export(c, a);
   if (!a.max_loss.empty()) {
     const bool percent = a.max_loss.back() == '%';
     char* end = nullptr;
@@ -311,6 +332,10 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
       ->excludes(symmetric);
   command->add_option("--scales", a->scales, "Type of the scales")->check(CLI::IsMember({"fp32", "fp16", "bf16"}));
   command->add_option("--method", a->method, method_help())->capture_default_str();
+  command
+      ->add_option("--export", a->export_as,
+                   "OUT becomes a Hugging Face folder with a checkpoint: gptq (v1), gptq-v2 or awq")
+      ->check(CLI::IsMember({"gptq", "gptq-v2", "awq"}));
   command->add_option("--calibration", a->calibration, "A text for the methods that look at activations")
       ->check(CLI::ExistingFile);
   command->add_option("--windows", a->windows.windows, "Windows of the calibration text")

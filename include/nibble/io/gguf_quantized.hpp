@@ -139,6 +139,13 @@ inline QuantizedTensor to_quantized(const GgufTensor& tensor) {
 
 namespace detail {
 
+/// Parameter p's offset as Q4_1 has it: what a code of 0 stands for.
+inline float gguf_offset(const QuantizedTensor& t, std::size_t p) noexcept {
+  if (t.scheme().symmetry == Symmetry::float_offset) return t.offset(p);
+  const std::int32_t zero = t.zero_point(p);
+  return zero == 0 ? 0.0F : -(t.scale(p) * static_cast<float>(zero));  // 11 bits times 4: exact
+}
+
 /// Why `type` cannot hold exactly the values of `t`, or empty where it can.
 inline std::string gguf_obstacle(const QuantizedTensor& t, GgufType type) {
   const Scheme& scheme = t.scheme();
@@ -147,7 +154,9 @@ inline std::string gguf_obstacle(const QuantizedTensor& t, GgufType type) {
   if (type == GgufType::f16) return scheme.format == Format::fp16 ? "" : "it is not fp16";
   if (type == GgufType::bf16) return scheme.format == Format::bf16 ? "" : "it is not bf16";
   if (!is_integer(scheme.format)) return concat("it is ", name_of(scheme.format));
-  const bool offsets = scheme.symmetry == Symmetry::float_offset;
+  // An integer zero point z is the float offset -d * z where that is an fp16 number: d * q - d * z has no rounding then.
+  const bool by_zero = type == GgufType::q4_1 && scheme.symmetry == Symmetry::asymmetric;
+  const bool offsets = scheme.symmetry == Symmetry::float_offset || by_zero;
   if (offsets != (type == GgufType::q4_1))
     return offsets ? "it has float offsets" : "its zero points are no float offsets";
   if (offsets && bits_of(scheme.format) > 4) return concat("its codes have ", bits_of(scheme.format), " bits");
@@ -156,8 +165,13 @@ inline std::string gguf_obstacle(const QuantizedTensor& t, GgufType type) {
   const auto in_fp16 = [](float v) {
     return bits_from_float(float_from_fp16(fp16_from_float(v))) == bits_from_float(v);
   };
-  for (std::size_t p = 0; p < t.param_count(); ++p)
+  for (std::size_t p = 0; p < t.param_count(); ++p) {
     if (!in_fp16(t.scale(p)) || (offsets && !in_fp16(t.offset(p)))) return "its scales are not fp16";
+    if (!by_zero) continue;
+    if (t.scale(p) < 0.0F) return concat("scale ", p, " is negative, and 0 would change its sign");
+    if (!in_fp16(gguf_offset(t, p)))
+      return concat("scale ", p, " times its zero point ", t.zero_point(p), " is no fp16 number");
+  }
 
   const int lowest = type == GgufType::q8_0 ? -128 : -8, highest = type == GgufType::q8_0 ? 127 : 7;
   for (std::size_t l = 0; l < t.line_count(); ++l) {
@@ -225,7 +239,7 @@ inline Buffer to_gguf(const QuantizedTensor& t, GgufType type) {
       detail::store_unaligned(p, fp16_from_float(t.scale(param)));
       p += 2;
       if (type == GgufType::q4_1) {
-        detail::store_unaligned(p, fp16_from_float(t.offset(param)));
+        detail::store_unaligned(p, fp16_from_float(detail::gguf_offset(t, param)));
         p += 2;
       }
       int code[32];
