@@ -60,6 +60,8 @@ class Ptq : public ::testing::Test {
     o.windows = some_windows(4, 24);
     o.resume = folder_ / "resume";
     o.state_seconds = 0.0;
+    o.rounding.correction = 1.0;
+    o.rounding.residual = 0.5;
     o.autoround.iterations = 4;
     o.autoround.batch = 2;
     return o;

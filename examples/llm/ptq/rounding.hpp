@@ -25,7 +25,7 @@
 namespace llm {
 
 struct RoundingOptions {
-  double correction = 1.0;   // how much of earlier layers' error a matrix makes up for, 0..1
+  double correction = 0.0;   // how much of earlier layers' error a matrix makes up for, 0..1
   double residual = 0.0;     // the same for the error of the residual stream that a matrix adds to
   double max_change = 0.25;  // most that these two may change a matrix, a share of its norm
   double damp = 0.01;
@@ -165,10 +165,14 @@ inline nibble::QuantizedTensor round_matrix(const WeightMatrix& w, const MatrixP
       gptq.damp = options.damp;
       gptq.act_order = options.act_order;
       gptq.static_groups = options.static_groups;
-      gptq.grid_fit = options.grids == "mse"            ? nibble::GridFit::mse
-                      : options.grids == "weighted-mse" ? nibble::GridFit::weighted_mse
-                                                        : nibble::GridFit::min_max;
-      if (gptq.grid_fit == nibble::GridFit::weighted_mse) gptq.mse.norm = 2.0;
+      // Ranges of the weights as they were, not of the target: what makes up for other errors may grow without bound where
+      // activations are huge, and ranges that follow it spoil the other weights, and the layers behind, with their errors.
+      gptq.fit_grids = [&](const nibble::RowMajorMatrix&) {
+        if (options.grids == "min-max") return nibble::fit_min_max(scheme, w, pool);
+        if (options.grids == "mse") return nibble::fit_mse(scheme, w, mse);
+        mse.norm = 2.0;
+        return nibble::fit_mse(scheme, w, mse, statistics->sums().mean_square());
+      };
       gptq.correction = 0.0;  // the target has it, beside the residual's
       gptq.pool = pool;
       const WeightMatrix target = statistics->target(w, options);
