@@ -71,6 +71,37 @@ TEST(PtqCholesky, ScaleAndOutliersDoNotMatter) {
   EXPECT_EQ(Eigen::MatrixXf(v * scale.asDiagonal()), u);
 }
 
+TEST(PtqCholesky, LongTrianglesAndHugeTokens) {
+  // U H U^T v = v, at sizes whose inverse is put together from pieces wider than a block, and with a token that is most of
+  // H (an attention sink): the condition number then is nearly K / damp.
+  ThreadPool pool(2);
+  for (const Eigen::Index k : {1100, 1536}) {
+    std::mt19937 random(static_cast<unsigned>(k));
+    std::normal_distribution<float> normal;
+    Eigen::MatrixXf x(k, 700);
+    for (Eigen::Index i = 0; i < x.size(); ++i) x.data()[i] = normal(random);
+    x.col(5) *= 60.0F;
+    x(3, 5) = 25000.0F;
+    for (const bool sink : {false, true}) {
+      Hessian sums(k, &pool);
+      sums.add(sink ? x : Eigen::MatrixXf(x.rightCols(600)));
+      Eigen::MatrixXf h = sums.matrix();
+      const float damp = 0.01F * h.diagonal().mean();
+      h.diagonal().array() += damp;
+      Eigen::MatrixXf u = h;
+      ASSERT_TRUE(inverse_cholesky(u, &pool).ok);
+      Eigen::VectorXd v(k);
+      for (Eigen::Index i = 0; i < k; ++i) v[i] = static_cast<double>(normal(random));
+      const Eigen::VectorXd inner = u.cast<double>().transpose() * v;
+      const Eigen::VectorXd back = u.cast<double>() * (h.cast<double>() * inner);
+      // As above: (K + c) u times the condition number, which is at most trace / damp.
+      const double condition = static_cast<double>(h.diagonal().sum()) / static_cast<double>(damp);
+      EXPECT_LE((back - v).norm(), static_cast<double>(k + 64) * 0x1p-24 * condition * v.norm()) << k << sink;
+      EXPECT_LE((back - v).norm(), 0.05 * v.norm()) << k << sink;
+    }
+  }
+}
+
 TEST(PtqCholesky, FailuresAreReported) {
   // Two equal inputs.
   Eigen::MatrixXf h = hessian(100, 300, 0.0F, 9);

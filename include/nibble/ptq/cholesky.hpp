@@ -103,6 +103,8 @@ inline CholeskyStatus factor_from_the_end(Eigen::MatrixXf& h, Eigen::MatrixXf& i
   inverses.resize(cholesky_block, n);
   Eigen::MatrixXf right;
   Eigen::MatrixXf above;
+  Eigen::MatrixXf factor;
+  Eigen::MatrixXf rest;
   const auto update = [&](Eigen::Index rows, Eigen::Index begin, Eigen::Index end, Eigen::Index from,
                           Eigen::Index to) {
     if (from == to) return;
@@ -129,12 +131,22 @@ inline CholeskyStatus factor_from_the_end(Eigen::MatrixXf& h, Eigen::MatrixXf& i
         return status;
       }
       if (b0 == 0) continue;
-      // Times the inverse's transpose.
+      // Times the inverse's transpose; then the same of what is left, for an inverse alone errs by the block's condition,
+      // and a token of huge activations makes that large: 0.04 of the mean diagonal, four times the usual damping.
       above = h.block(0, b0, b0, width);
       right = inverses.block(0, b0, width, width).transpose();
+      auto solved = h.block(0, b0, b0, width);
       MatmulOptions options;
       options.pool = pool;
-      gemm(above, right, h.block(0, b0, b0, width), options);
+      gemm(above, right, solved, options);
+      factor = -h.block(b0, b0, width, width).template triangularView<Eigen::Upper>().toDenseMatrix().transpose();
+      rest.resize(b0, width);
+      MatmulOptions plus = options;
+      plus.epilogue.add(above);
+      gemm(solved, factor, rest, plus);
+      MatmulOptions again = options;
+      again.epilogue.add(solved);
+      gemm(rest, right, solved, again);
     }
   }
   return {};
@@ -144,6 +156,11 @@ inline CholeskyStatus factor_from_the_end(Eigen::MatrixXf& h, Eigen::MatrixXf& i
 /// [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1].
 inline void invert_upper(Eigen::MatrixXf& r, const Eigen::MatrixXf& inverses, ThreadPool* pool) {
   const Eigen::Index n = r.rows();
+  // First of all: products below read pieces of triangles as wholes.
+  for_tasks(pool, static_cast<std::size_t>((n + 63) / 64), [&](std::size_t task, std::size_t) {
+    const Eigen::Index begin = static_cast<Eigen::Index>(task) * 64;
+    for (Eigen::Index c = begin; c < std::min(begin + 64, n); ++c) r.col(c).tail(n - c - 1).setZero();
+  });
   for (Eigen::Index b = 0; b < n; b += cholesky_block) {
     const Eigen::Index width = std::min(cholesky_block, n - b);
     r.block(b, b, width, width) = inverses.block(0, b, width, width);
@@ -180,10 +197,6 @@ inline void invert_upper(Eigen::MatrixXf& r, const Eigen::MatrixXf& inverses, Th
     else
       for (Eigen::Index i = 0; i < pairs; ++i) pair(i, pool);
   }
-  for_tasks(pool, static_cast<std::size_t>((n + 63) / 64), [&](std::size_t task, std::size_t) {
-    const Eigen::Index begin = static_cast<Eigen::Index>(task) * 64;
-    for (Eigen::Index c = begin; c < std::min(begin + 64, n); ++c) r.col(c).tail(n - c - 1).setZero();
-  });
 }
 
 }  // namespace detail
