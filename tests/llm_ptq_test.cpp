@@ -89,7 +89,8 @@ TEST(PtqMethod, ReadsSteps) {
   EXPECT_TRUE(llm::parse_method("rtn").is_plain());
   EXPECT_FALSE(llm::parse_method("hqq").needs_calibration());
   EXPECT_TRUE(llm::parse_method("awq").needs_calibration());
-  EXPECT_EQ(llm::parse_method("awq").rounding, llm::Rounding::rtn);
+  EXPECT_EQ(llm::parse_method("awq").rounding, llm::Rounding::clip);
+  EXPECT_EQ(llm::parse_method("awq+rtn").rounding, llm::Rounding::rtn);
   for (const char* bad : {"", "magic", "gptq+", "+gptq", "gptq+awq", "gptq+gptq", "gptq+hqq", "tune+gptq",
                           "gptq+tune", "autoround+gptq", "gptq+bias+autoround", "GPTQ"})
     EXPECT_THROW(llm::parse_method(bad), nibble::InvalidArgument) << bad;

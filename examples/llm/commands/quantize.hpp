@@ -380,7 +380,7 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
                     "GPTQ: inputs of large activations first");
   command
       ->add_option("--grids", a->rounding.grids, "GPTQ: ranges by smallest and largest weight, or by least error")
-      ->check(CLI::IsMember({"min-max", "mse", "weighted-mse"}))
+      ->check(CLI::IsMember({"min-max", "mse", "weighted-mse", "clip"}))
       ->capture_default_str();
   command->add_option("--iterations", a->autoround.iterations, "AutoRound: steps a block")
       ->check(CLI::Range(0, 100000))

@@ -17,6 +17,7 @@ enum class Rounding {
   mse,         ///< round to nearest; ranges that lose least
   importance,  ///< ranges and codes weighted by the inputs' mean squares
   hqq,         ///< half-quadratic zero points, no calibration
+  clip,        ///< round to nearest; AWQ's ranges, clipped where the outputs lose least
   gptq,        ///< column by column, the error carried to what is left
 };
 
@@ -26,6 +27,7 @@ constexpr std::string_view name_of(Rounding r) noexcept {
     case Rounding::mse: return "mse";
     case Rounding::importance: return "importance";
     case Rounding::hqq: return "hqq";
+    case Rounding::clip: return "clip";
     case Rounding::gptq: return "gptq";
   }
   return "?";
@@ -49,7 +51,7 @@ struct Method {
   /// Whether a text must be read to run it.
   bool needs_calibration() const {
     return smoothquant || awq || autoround || bias || tune || rounding == Rounding::importance ||
-           rounding == Rounding::gptq;
+           rounding == Rounding::clip || rounding == Rounding::gptq;
   }
   /// Whether anything but rounding to nearest happens.
   bool is_plain() const {
@@ -60,8 +62,10 @@ struct Method {
 inline const char* method_help() {
   return "How codes are chosen: steps joined by '+'. Transforms that keep the float model: equalize, smoothquant, "
          "awq, "
-         "rotate. Then one of rtn (round to nearest), mse (ranges of least error), importance, hqq, gptq; then "
-         "autoround, bias. E.g. gptq, awq+gptq, gptq+autoround. llm-int8: outlier inputs in 16 bits. tune: format "
+         "rotate. Then one of rtn (round to nearest), mse (ranges of least error), importance, clip (ranges of "
+         "least "
+         "error at the outputs; what awq alone ends with), hqq, gptq; then autoround, bias. E.g. gptq, awq+gptq, "
+         "gptq+autoround. llm-int8: outlier inputs in 16 bits. tune: format "
          "and "
          "method of every matrix from measured sensitivities";
 }
@@ -77,12 +81,13 @@ inline Method parse_method(std::string_view text) {
     std::string_view name;
     int phase;  // 0: a transform, 1: a rounding, 2: an improvement, 3: alone
   };
-  static constexpr Step steps[] = {{"rotate", 0}, {"equalize", 0},  {"smoothquant", 0}, {"awq", 0},
-                                   {"rtn", 1},    {"mse", 1},       {"importance", 1},  {"hqq", 1},
-                                   {"gptq", 1},   {"autoround", 2}, {"bias", 2},        {"llm-int8", 3},
-                                   {"tune", 3}};
+  static constexpr Step steps[] = {{"rotate", 0},   {"equalize", 0}, {"smoothquant", 0}, {"awq", 0},
+                                   {"rtn", 1},      {"mse", 1},      {"importance", 1},  {"hqq", 1},
+                                   {"clip", 1},     {"gptq", 1},     {"autoround", 2},   {"bias", 2},
+                                   {"llm-int8", 3}, {"tune", 3}};
   Method m;
   int phase = 0;
+  bool rounds = false;
   std::vector<std::string_view> seen;
   for (std::size_t begin = 0; begin <= text.size();) {
     const std::size_t end = std::min(text.find('+', begin), text.size());
@@ -99,6 +104,7 @@ inline Method parse_method(std::string_view text) {
     if (step->phase == 2 && phase == 2) bad("autoround and bias do not go together");
     if (step->phase == 1 && phase == 1) bad("only one rounding is possible");
     phase = step->phase;
+    rounds = rounds || phase == 1;
     seen.push_back(word);
     m.rotate = m.rotate || word == "rotate";
     m.equalize = m.equalize || word == "equalize";
@@ -108,9 +114,11 @@ inline Method parse_method(std::string_view text) {
     m.bias = m.bias || word == "bias";
     m.llm_int8 = m.llm_int8 || word == "llm-int8";
     m.tune = m.tune || word == "tune";
-    for (const Rounding r : {Rounding::mse, Rounding::importance, Rounding::hqq, Rounding::gptq})
+    for (const Rounding r : {Rounding::mse, Rounding::importance, Rounding::hqq, Rounding::clip, Rounding::gptq})
       if (word == name_of(r)) m.rounding = r;
   }
+  // The paper's AWQ is both, scales and clipping.
+  if (m.awq && !rounds) m.rounding = Rounding::clip;
   return m;
 }
 

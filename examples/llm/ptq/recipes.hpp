@@ -22,7 +22,7 @@ inline std::string hex(std::uint64_t value) {
   return text;
 }
 
-inline constexpr const char* grid_fits[] = {"min-max", "mse", "weighted-mse"};
+inline constexpr const char* grid_fits[] = {"min-max", "mse", "weighted-mse", "clip"};
 
 /// Windows of the calibration text: how many, and tokens of each.
 struct WindowOptions {
@@ -108,7 +108,7 @@ inline void follow(const nibble::Recipe& recipe, const ModelFile& file, PtqOptio
     else if (name == "act_order")
       options.rounding.act_order = whole() != 0;
     else if (name == "grids")
-      options.rounding.grids = grid_fits[std::min<std::size_t>(whole(), 2)];
+      options.rounding.grids = grid_fits[std::min<std::size_t>(whole(), 3)];
     else if (name == "smooth_alpha")
       options.transforms.smooth_alpha = v;
     else if (name == "awq_grid")

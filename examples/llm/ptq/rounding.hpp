@@ -13,6 +13,7 @@
 
 #include "../block.hpp"
 #include "method.hpp"
+#include "nibble/ptq/awq.hpp"
 #include "nibble/ptq/cholesky.hpp"
 #include "nibble/ptq/double_quant.hpp"
 #include "nibble/ptq/gptq.hpp"
@@ -25,13 +26,13 @@
 namespace llm {
 
 struct RoundingOptions {
-  double correction = 0.0;   // how much of earlier layers' error a matrix makes up for, 0..1
-  double residual = 0.0;     // the same for the error of the residual stream that a matrix adds to
-  double max_change = 0.25;  // most that these two may change a matrix, a share of its norm
-  double damp = 0.01;
+  double correction = 1.0;  // how much of earlier layers' error a matrix makes up for, 0..1
+  double residual = 1.0;    // the same for the error of the residual stream that a matrix adds to
+  double max_change = 4.0;  // most that these two may change a matrix, a share of its norm
+  double damp = 0.05;
   bool act_order = true;
   bool static_groups = true;
-  std::string grids = "min-max";  // min-max, mse or weighted-mse: ranges that GPTQ starts from
+  std::string grids = "weighted-mse";  // min-max, mse, weighted-mse or clip: the ranges that GPTQ rounds in
 
   nlohmann::json to_json() const {
     return {{"correction", correction},
@@ -146,6 +147,12 @@ inline nibble::QuantizedTensor round_matrix(const WeightMatrix& w, const MatrixP
   report.format = name_of(scheme);
   nibble::QuantizedTensor q;
   const auto with = [&](const nibble::WeightGrids& grids) { return grids.assemble(grids.encode(w, pool)); };
+  const auto clipped = [&](const nibble::ConstWeightsRef& of) {
+    nibble::ClipOptions clip;
+    clip.loss = nibble::ClipLoss::row;
+    clip.pool = pool;
+    return nibble::awq_clip(scheme, of, statistics->matrix(), clip);
+  };
   std::optional<double> output_error;
   switch (rounding) {
     case Rounding::rtn: q = nibble::DynamicQuantizer(scheme).quantize(w, threads); break;
@@ -154,6 +161,7 @@ inline nibble::QuantizedTensor round_matrix(const WeightMatrix& w, const MatrixP
       mse.norm = 2.0;
       q = with(nibble::fit_mse(scheme, w, mse, statistics->sums().mean_square()));
       break;
+    case Rounding::clip: q = with(clipped(w)); break;
     case Rounding::hqq: {
       nibble::HqqOptions hqq;
       hqq.pool = pool;
@@ -165,13 +173,12 @@ inline nibble::QuantizedTensor round_matrix(const WeightMatrix& w, const MatrixP
       gptq.damp = options.damp;
       gptq.act_order = options.act_order;
       gptq.static_groups = options.static_groups;
-      // Ranges of the weights as they were, not of the target: what makes up for other errors may grow without bound where
-      // activations are huge, and ranges that follow it spoil the other weights, and the layers behind, with their errors.
-      gptq.fit_grids = [&](const nibble::RowMajorMatrix&) {
-        if (options.grids == "min-max") return nibble::fit_min_max(scheme, w, pool);
-        if (options.grids == "mse") return nibble::fit_mse(scheme, w, mse);
+      gptq.fit_grids = [&](const nibble::RowMajorMatrix& target) {
+        if (options.grids == "min-max") return nibble::fit_min_max(scheme, target, pool);
+        if (options.grids == "mse") return nibble::fit_mse(scheme, target, mse);
+        if (options.grids == "clip") return clipped(target);
         mse.norm = 2.0;
-        return nibble::fit_mse(scheme, w, mse, statistics->sums().mean_square());
+        return nibble::fit_mse(scheme, target, mse, statistics->sums().mean_square());
       };
       gptq.correction = 0.0;  // the target has it, beside the residual's
       gptq.pool = pool;
