@@ -133,6 +133,106 @@ TEST(Outliers, ATokenAloneHasTheBitsItHasInABatch) {
   }
 }
 
+/// One token on fixed scales by the definition: what no code reaches is multiplied as it is, in ascending order.
+Eigen::VectorXf naive_static(const QuantizedTensor& q, const PackedMatrix& packed, const Eigen::VectorXf& x,
+                             const std::vector<float>& scales, std::size_t group) {
+  const auto n = static_cast<Index>(q.shape()[0]);
+  if (!x.array().isFinite().all()) return Eigen::VectorXf::Constant(n, std::nanf(""));
+  const auto scale_of = [&](Index k) { return scales[group == 0 ? 0 : static_cast<std::size_t>(k) / group]; };
+  MatrixXf inside = x;
+  std::vector<Index> outliers;
+  for (Index k = 0; k < x.size(); ++k)
+    if (std::abs(x[k]) >= 127.5F * scale_of(k)) outliers.push_back(k), inside(k, 0) = 0.0F;
+  // The codes' own sum is tested where assign_static() is.
+  nibble::QuantizedActivations codes;
+  codes.assign_static(inside, scales.data(), scales.size(), group);
+  MatrixXf y(n, 1);
+  matmul(packed, codes, y);
+  const MatrixXf w = nibble::dequantize(q);
+  for (Index c = 0; c < n && !outliers.empty(); ++c) {
+    float sum = 0.0F;
+    for (const Index k : outliers) sum = std::fma(w(c, k), x[k], sum);
+    y(c, 0) = y(c, 0) + (sum + 0.0F);
+  }
+  return y.col(0);
+}
+
+TEST(Outliers, OfFixedScalesEqualTheDefinition) {
+  ThreadPool pool(3);
+  unsigned seed = 40;
+  for (const std::size_t group : {std::size_t{0}, std::size_t{32}})
+    for (const Index k : {1, 31, 64, 200}) {
+      const QuantizedTensor q =
+          random_quantized(scheme_of(Format::int8, Symmetry::symmetric, Granularity::per_group(64)), 37,
+                           static_cast<std::size_t>(k), ++seed);
+      const PackedMatrix w = pack(q);
+      MatrixXf x = random_floats(k, 19, ++seed);
+      std::vector<float> scales;
+      const std::size_t groups = group == 0 ? 1 : (static_cast<std::size_t>(k) + group - 1) / group;
+      for (std::size_t g = 0; g < groups; ++g) scales.push_back(0x1p-8F * static_cast<float>(g + 1));
+      x.col(7).setZero();
+      x(0, 0) = 127.5F * scales[0];  // the first value that is out
+      x(0, 1) = -0x1.fdfffep-2F;     // the last that is in, with the code -127
+      x(0, 2) = 1e30F;
+      x(k - 1, 5) = std::numeric_limits<float>::quiet_NaN();
+      OutlierActivations a;
+      a.assign_static(x, scales.data(), scales.size(), group, &pool);
+      const auto& tokens = a.outlier_tokens();
+      EXPECT_EQ(std::count(tokens.begin(), tokens.end(), Index{0}), 1);
+      EXPECT_EQ(std::count(tokens.begin(), tokens.end(), Index{7}), 0);
+      EXPECT_EQ(std::count(tokens.begin(), tokens.end(), Index{5}), 0);
+      EXPECT_EQ(a.codes().codes(0)[0], 0);
+      EXPECT_EQ(a.codes().codes(1)[0], -127);
+      MatrixXf y(37, x.cols());
+      matmul(w, a, y);
+      for (Index t = 0; t < x.cols(); ++t) {
+        if (t == 5) {
+          EXPECT_TRUE(y.col(t).array().isNaN().all());
+          continue;
+        }
+        EXPECT_EQ(bits(y.col(t)), bits(naive_static(q, w, x.col(t), scales, group))) << k << " token " << t;
+        OutlierActivations alone;
+        alone.assign_static(x.col(t), scales.data(), scales.size(), group);
+        MatrixXf one(37, 1);
+        matmul(w, alone, one);
+        EXPECT_EQ(bits(one), bits(y.col(t))) << "token " << t;
+      }
+      MatrixXf threaded(37, x.cols());
+      MatmulOptions run;
+      run.pool = &pool;
+      matmul(w, a, threaded, run);
+      EXPECT_EQ(bits(threaded), bits(y));
+    }
+  OutlierActivations a;
+  const MatrixXf x = MatrixXf::Ones(32, 1);
+  const float bad[2] = {1.0F, 0.0F}, good[2] = {1.0F, 1.0F};
+  EXPECT_THROW(a.assign_static(x, bad, 2, 16), InvalidArgument);
+  EXPECT_THROW(a.assign_static(x, good, 2, 0), InvalidArgument);
+  EXPECT_THROW(a.assign_static(x, good, 2, 17), InvalidArgument);
+  // Groups of one scale reach all: the plain codes.
+  a.assign_static(x, good, 2, 16);
+  EXPECT_TRUE(a.outlier_tokens().empty());
+}
+
+// Taking values out never makes the rest coarser: the error of a product falls, on scales a token and on scales a group.
+TEST(Outliers, LowerTheErrorOfAProduct) {
+  const QuantizedTensor q =
+      random_quantized(scheme_of(Format::int8, Symmetry::symmetric, Granularity::per_group(64)), 64, 256, 8);
+  const PackedMatrix w = pack(q);
+  MatrixXf x = random_floats(256, 24, 9);
+  for (Index t = 0; t < x.cols(); ++t) x((7 * t) % 256, t) *= 100.0F;
+  const MatrixXf exact = nibble::dequantize(q) * x;
+  for (const Activations kind : {Activations::int8, Activations::int8_grouped}) {
+    OutlierOptions options;
+    options.activations = kind;
+    nibble::QuantizedActivations plain;
+    plain.assign(x, kind);
+    MatrixXf y(64, x.cols());
+    matmul(w, plain, y);
+    EXPECT_LT((product(w, x, options) - exact).squaredNorm(), 0.5F * (y - exact).squaredNorm());
+  }
+}
+
 TEST(Outliers, UnderflowingOutliersDoNotDependOnTheBatch) {
   // Products that underflow to -0, between zeros of columns that only the other token has.
   Buffer codes(3);

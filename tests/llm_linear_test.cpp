@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "llm/block.hpp"
 #include "llm/calibrate.hpp"
 #include "llm/linear.hpp"
 #include "llm/model_file.hpp"
@@ -188,6 +189,11 @@ LinearExtras extras_of(int p, std::size_t k) {
     e.activation_scales = {0.03F};
     e.hadamard = {k == 80 ? std::size_t{80} : std::size_t{8}, 1};
   }
+  if (p == 4) {  // scales that many values exceed
+    e = extras_of(1, k);
+    for (float& s : e.activation_scales) s *= 0.3F;
+    e.activation_outliers = true;
+  }
   return e;
 }
 
@@ -214,7 +220,7 @@ TEST_P(Modes, BitsDoNotDependOnPiecesOrThreads) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Modes, ::testing::Range(0, 4));
+INSTANTIATE_TEST_SUITE_P(All, Modes, ::testing::Range(0, 5));
 
 TEST(Linear, OneScaleATokenAndOutliersByTheRunnersOptions) {
   const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::int8));
@@ -232,6 +238,31 @@ TEST(Linear, OneScaleATokenAndOutliersByTheRunnersOptions) {
   EXPECT_LT(of_groups, of_tokens);
   EXPECT_LT(of_outliers, 0.7F * of_groups);  // the output layer's stay in groups
   EXPECT_LT(of_tokens, 0.05F);
+}
+
+TEST(Linear, StaticOutliersAreCloserThanClampedOnes) {
+  const llm_test::RandomModel m = llm_test::random_model(llm_test::scheme_of(Format::int8));
+  llm::RunnerOptions exact;
+  exact.activations = Activations::fp32;
+  const Eigen::MatrixXf reference = logits(m.model, {70}, nullptr, exact);
+  llm::OutlierCounts counts;
+  const auto error = [&](bool keep) {
+    const llm::Model model = changed(m, [&](std::size_t, const std::string&, const Eigen::MatrixXf& w) {
+      LinearExtras e = extras_of(4, static_cast<std::size_t>(w.cols()));
+      e.activation_outliers = keep;
+      return Linear(pack(w, llm_test::scheme_of(Format::int8)), e);
+    });
+    counts = {};
+    llm::RunnerOptions options;
+    options.outliers = &counts;
+    return (logits(model, {70}, nullptr, options) - reference).norm() / reference.norm();
+  };
+  const float clamped = error(false);
+  EXPECT_EQ(counts.outliers, 0U);
+  EXPECT_GT(counts.values, 0U);
+  EXPECT_LT(error(true), 0.3F * clamped);
+  EXPECT_GT(counts.share(), 0.01);
+  EXPECT_LT(counts.share(), 0.9);
 }
 
 TEST(QuantizedActivations, StaticScalesEqualTheDefinition) {
@@ -338,6 +369,44 @@ TEST(Calibrate, FindsTheLargestInputs) {
     check("blk.1.ffn_down.weight", model.layers[1].down);
     EXPECT_EQ(all.at("blk.1.ffn_down.weight").input_order, some_order(80, 2));
   }
+  // A percentile: that share of the magnitudes lies within, all of them counted by hand, but for one bin's width.
+  struct Keep : llm::InputObserver {
+    std::map<const Linear*, std::vector<float>> values;
+    void see(const Linear& w, const Eigen::Ref<const Eigen::MatrixXf>& x) override {
+      for (Eigen::Index t = 0; t < x.cols(); ++t)
+        for (Eigen::Index k = 0; k < x.rows(); ++k) values[&w].push_back(std::fabs(x(k, t)));
+    }
+  } keep;
+  running.observer = &keep;
+  llm::Runner again(model, running);
+  for (const std::vector<Token>& window : windows) {
+    auto cache = again.new_cache();
+    again.append(cache, window.data(), window.size());
+  }
+  llm::CalibrateOptions clipped;
+  clipped.percentile = 95.0;
+  const std::map<std::string, LinearExtras> of_share = llm::calibrate(model, windows, clipped);
+  clipped.pool = &pool;
+  const std::map<std::string, LinearExtras> with_threads = llm::calibrate(model, windows, clipped);
+  const auto check_share = [&](const std::string& name, const Linear& w) {
+    const LinearExtras& e = of_share.at(name);
+    EXPECT_TRUE(e.activation_outliers);
+    EXPECT_TRUE(e.same_scales(with_threads.at(name)));
+    std::vector<float> all = keep.values.at(&w);
+    std::sort(all.begin(), all.end());
+    const float limit = 127.0F * e.activation_scales.at(0);
+    const float wanted = all[static_cast<std::size_t>(0.95 * static_cast<double>(all.size() - 1))];
+    // Bins are no wider than 1/2048 of the largest power of two above; two of them and a rounding.
+    EXPECT_NEAR(limit, wanted, 3.0F / 1024.0F * all.back()) << name;
+  };
+  check_share("blk.0.attn_v.weight", model.layers[0].value);
+  check_share("blk.0.attn_k.weight", model.layers[0].key);
+  check_share("blk.1.ffn_up.weight", model.layers[1].up);
+  check_share("blk.1.ffn_down.weight", model.layers[1].down);
+  for (const double percentile : {0.0, 100.5}) {
+    clipped.percentile = percentile;
+    EXPECT_THROW(llm::calibrate(model, windows, clipped), nibble::InvalidArgument);
+  }
   EXPECT_THROW(llm::calibrate(model, {}), nibble::InvalidArgument);
   EXPECT_THROW(llm::calibrate(model, {{1}, {}}), nibble::InvalidArgument);
   llm::CalibrateOptions odd;
@@ -362,6 +431,7 @@ std::map<std::string, LinearExtras> some_extras() {
   all["blk.0.attn_q.weight"] = extras_of(3, 48);
   all["blk.0.ffn_down.weight"] = extras_of(1, 80);
   all["blk.1.ffn_up.weight"] = extras_of(2, 48);
+  all["blk.1.ffn_gate.weight"] = extras_of(4, 48);
   all["blk.1.attn_output.weight"].bias = Eigen::VectorXf::LinSpaced(48, -1.0F, 1.0F);
   all["blk.1.attn_k.weight"];  // none: not written
   return all;
@@ -392,6 +462,7 @@ TEST(Files, KeepExtras) {
   expected.layers[0].down = with(expected.layers[0].down, "blk.0.ffn_down.weight");
   expected.layers[1].up = with(expected.layers[1].up, "blk.1.ffn_up.weight");
   expected.layers[1].output = with(expected.layers[1].output, "blk.1.attn_output.weight");
+  expected.layers[1].gate = with(expected.layers[1].gate, "blk.1.ffn_gate.weight");
   const Eigen::MatrixXf want = logits(expected, {70}, nullptr);
   const auto file = llm::open_model(folder / "a.safetensors");
   EXPECT_TRUE(file->has_extras());
@@ -420,6 +491,51 @@ TEST(Files, KeepExtras) {
       with_scales->extras("blk.1.attn_output.weight")->bias.isApprox(all.at("blk.1.attn_output.weight").bias));
   EXPECT_THROW(llm::quantize_to_gguf(*file, folder / "b.gguf", same, [](const std::string&) {}),
                nibble::InvalidArgument);
+}
+
+// A block of floats meets inputs as they come, whatever the order or rotation that its file stores it in.
+TEST(Files, BlocksOfFloatsHaveTheirInputsUndone) {
+  const llm_test::TempFolder folder;
+  const llm_test::RandomModel m =
+      llm_test::random_model(llm_test::scheme_of(Format::fp32), llm_test::small_hparams(262));
+  nibble::PackedFileWriter out(folder / "a.safetensors");
+  llm::add_model_data(out, m.model.hparams, llm::Vocabulary(llm_test::bpe_vocabulary({"a b", "c d"})));
+  std::map<std::string, LinearExtras> extras;
+  extras["blk.0.ffn_down.weight"].input_order = some_order(80, 6);
+  extras["blk.0.attn_q.weight"].hadamard = {16, 3};
+  extras["blk.1.ffn_up.weight"] = extras_of(3, 48);
+  llm::add_linear_extras(out, m.model.hparams, extras);
+  for (const auto& [name, w] : m.values) {
+    if (w.cols() == 1) {
+      out.add_tensor(name, std::vector<float>(w.data(), w.data() + w.size()));
+      continue;
+    }
+    Eigen::MatrixXf stored = w;
+    const auto e = extras.find(name);
+    if (e != extras.end() && e->second.hadamard.block != 0)
+      llm::rotation_of(e->second.hadamard, w.cols())->rotate_inputs(stored);
+    if (e != extras.end() && !e->second.input_order.empty()) {
+      const Eigen::MatrixXf rotated = stored;
+      for (std::size_t k = 0; k < e->second.input_order.size(); ++k)
+        stored.col(static_cast<Eigen::Index>(k)) =
+            rotated.col(static_cast<Eigen::Index>(e->second.input_order[k]));
+    }
+    out.add(name, pack(stored, llm_test::scheme_of(Format::fp32)));
+  }
+  out.commit();
+  const auto file = llm::open_model(folder / "a.safetensors");
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    const llm::FloatBlock block = llm::load_block(*file, layer);
+    for (const llm::BlockMatrix b : llm::block_matrices) {
+      const std::string name = llm::tensor_name(layer, b);
+      const Eigen::MatrixXf& w = m.value(name);
+      // As RotationsOfInputsAndTheResidualStreamKeepTheFunction; without a rotation exact.
+      const auto e = extras.find(name);
+      const float tolerance =
+          e != extras.end() && e->second.hadamard.block != 0 ? 16.0F * 0x1p-24F * w.cwiseAbs().maxCoeff() : 0.0F;
+      EXPECT_LE((block[b] - w).cwiseAbs().maxCoeff(), tolerance) << name;
+    }
+  }
 }
 
 TEST(Files, WithoutExtrasAreAsBefore) {

@@ -195,6 +195,23 @@ TEST_F(Program, QuantizeInspectPerplexityBench) {
   // 8 bits twice cost about a hundredth here; far more or nothing at all would be a mistake.
   EXPECT_NEAR(json().value("perplexity", 0.0), exact, 0.1 * exact);
   EXPECT_NE(json().value("perplexity", 0.0), exact);
+  // Static activations, from a calibration text to a perplexity.
+  const std::string fixed = file("s.safetensors");
+  ASSERT_EQ(
+      run("perplexity " + packed + " " + text + " --context 64 --windows 2 --activations int8-static").status, 1);
+  ASSERT_EQ(run("quantize " + stories() + " " + fixed +
+                " --format int8 --group 32 --activations int8-static --calibration " + text +
+                " --windows 2 --context 32")
+                .status,
+            0);
+  ASSERT_EQ(run("perplexity " + fixed + " " + text +
+                " --context 64 --windows 2 --activations int8-static --json " + file("j.json"))
+                .status,
+            0);
+  EXPECT_NEAR(json().value("perplexity", 0.0), exact, 0.1 * exact);
+  EXPECT_NE(json().value("perplexity", 0.0), exact);
+  EXPECT_GT(json().value("outlier_share", 0.0), 0.0);
+  EXPECT_LT(json().value("outlier_share", 1.0), 0.1);
   ASSERT_EQ(
       run("bench " + packed + " --prompt 16 --decode 4 --repeats 1 --threads 1,2 --json " + file("j.json")).status,
       0);

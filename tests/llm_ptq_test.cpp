@@ -130,6 +130,28 @@ TEST_F(Ptq, RoundToNearestIsWhatItIsTensorByTensor) {
   EXPECT_EQ(run(without), plain);
 }
 
+TEST_F(Ptq, StaticScalesAreThoseOfTheResultAndThreadsDoNotMatter) {
+  PtqOptions o = options("smoothquant", "int8-g32-sym");
+  o.static_group = 32;
+  o.static_percentile = 95.0;
+  const std::string alone = run(o);
+  nibble::ThreadPool pool(3);
+  o.pool = &pool;
+  EXPECT_TRUE(run(o) == alone);
+  const auto file = llm::open_model(folder_ / "out.safetensors");
+  llm::CalibrateOptions calibration;
+  calibration.group = 32;
+  calibration.percentile = 95.0;
+  // Scales do not change what floats are multiplied with: a second look finds the same.
+  const auto extras = llm::calibrate(llm::load_model(*file), o.windows, calibration);
+  ASSERT_EQ(extras.size(), 14U);
+  for (const auto& entry : extras) {
+    ASSERT_NE(file->extras(entry.first), nullptr) << entry.first;
+    EXPECT_TRUE(file->extras(entry.first)->same_scales(entry.second)) << entry.first;
+    EXPECT_TRUE(file->extras(entry.first)->activation_outliers);
+  }
+}
+
 class PtqMethods : public Ptq, public ::testing::WithParamInterface<const char*> {};
 
 TEST_P(PtqMethods, ThreadsDoNotMatter) {

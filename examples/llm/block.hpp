@@ -112,6 +112,10 @@ inline FloatBlock load_block(const ModelFile& file, std::size_t layer, nibble::T
                                                  " dimensions, expected 2");
     block[m].resize(static_cast<Eigen::Index>(t.shape()[0]), static_cast<Eigen::Index>(t.shape()[1]));
     t.dequantize(block[m].data(), pool);
+    if (const LinearExtras* e = file.extras(tensor_name(layer, m))) {
+      check(*e, tensor_name(layer, m), t.shape()[0], t.shape()[1]);
+      undo_input_transform(*e, block[m]);
+    }
   }
   block.attention_norm = file.vector(attention_norm_name(layer));
   block.ffn_norm = file.vector(ffn_norm_name(layer));

@@ -15,6 +15,7 @@
 
 #include "linear.hpp"
 #include "model.hpp"
+#include "nibble/ptq/observers.hpp"
 #include "nibble/quantize/range.hpp"
 #include "runner.hpp"
 
@@ -22,7 +23,11 @@ namespace llm {
 
 struct CalibrateOptions {
   std::size_t group = 0;  // inputs that share a scale, a multiple of 16; 0: one for all
-  /// Makes the observer of a layer; empty: MinMaxObserver. Ranges become symmetric: scale = max(-lo, hi) / 127.
+  /// Percent of the magnitudes that the scales reach, those beyond to stay floats (activation_outliers); 100: all, and
+  /// what another text has beyond is clamped. The first token of a text and a few others have values some hundred times
+  /// as large as all the rest's (attention sinks): scales that reach these lose everything else.
+  double percentile = 100.0;
+  /// Makes the observer of a layer in the place of a percentile's. Ranges become symmetric: scale = max(-lo, hi) / 127.
   std::function<std::unique_ptr<nibble::RangeObserver>()> observer = {};
   nibble::Activations activations = nibble::Activations::fp32;  // while calibrating
   nibble::ThreadPool* pool = nullptr;
@@ -30,15 +35,33 @@ struct CalibrateOptions {
 
 namespace calibrate_detail {
 
-/// One range observer a layer.
+/// One range observer a layer and input.
 class ScaleObserver : public InputObserver {
  public:
   ScaleObserver(const Model& model, const CalibrateOptions& options) : group_(options.group) {
-    for (const Layer& l : model.layers)
-      for (const Linear* w : l.linears())
-        observers_[w] = options.observer ? options.observer() : std::make_unique<nibble::MinMaxObserver>();
+    nibble::PercentileOptions percentile;
+    percentile.percentile = options.percentile;
+    for (const Layer& l : model.layers) {
+      const Linear* before = nullptr;
+      for (const Linear* w : l.linears()) {
+        // Query, key and value see the same, and gate and up.
+        const bool shared = before != nullptr && w != &l.output && w != &l.gate && w != &l.down &&
+                            same_input(before->extras(), w->extras());
+        if (!shared) {
+          before = w;
+          if (options.observer)
+            observers_[w] = options.observer();
+          else if (options.percentile < 100.0)
+            observers_[w] = std::make_unique<nibble::PercentileObserver>(percentile);
+          else
+            observers_[w] = std::make_unique<nibble::MinMaxObserver>();
+        }
+        owners_[w] = before;
+      }
+    }
   }
   void see(const Linear& w, const Eigen::Ref<const Eigen::MatrixXf>& x) override {
+    if (owners_.at(&w) != &w) return;
     nibble::RangeObserver& observer = *observers_.at(&w);
     const auto inputs = static_cast<std::size_t>(x.rows());
     const std::size_t length = group_ == 0 ? inputs : group_;
@@ -53,7 +76,7 @@ class ScaleObserver : public InputObserver {
   std::vector<float> scales(const Linear& w) const {
     std::vector<float> out;
     for (std::size_t g = 0; g < groups(static_cast<std::size_t>(w.cols())); ++g) {
-      const nibble::Range r = observers_.at(&w)->range(g);
+      const nibble::Range r = observers_.at(owners_.at(&w))->range(g);
       const float widest = std::max(-r.lo, r.hi);
       // As QuantizeRowsArgs: 1 where all is 0.
       out.push_back(widest > 0.0F ? std::max(widest / 127.0F, std::numeric_limits<float>::min()) : 1.0F);
@@ -62,10 +85,15 @@ class ScaleObserver : public InputObserver {
   }
 
  private:
+  static bool same_input(const LinearExtras* a, const LinearExtras* b) {
+    const LinearExtras none;
+    return (a != nullptr ? *a : none).same_input(b != nullptr ? *b : none);
+  }
   std::size_t groups(std::size_t inputs) const { return group_ == 0 ? 1 : (inputs + group_ - 1) / group_; }
 
   std::size_t group_;
   std::map<const Linear*, std::unique_ptr<nibble::RangeObserver>> observers_;
+  std::map<const Linear*, const Linear*> owners_;  // whose observer a linear's input is
 };
 
 }  // namespace calibrate_detail
@@ -77,6 +105,8 @@ inline std::map<std::string, LinearExtras> calibrate(const Model& model,
                                                      const std::vector<std::vector<Token>>& windows,
                                                      const CalibrateOptions& options = {}) {
   nibble::detail::require(!windows.empty(), "calibration needs at least one window of tokens");
+  nibble::detail::require(options.percentile > 0.0 && options.percentile <= 100.0, "calibration percentile is ",
+                          options.percentile, ", expected above 0 to 100");
   nibble::detail::require(options.group % 16 == 0, "calibration group is ", options.group,
                           ", expected a multiple of 16");
   calibrate_detail::ScaleObserver observer(model, options);
@@ -104,6 +134,7 @@ inline std::map<std::string, LinearExtras> calibrate(const Model& model,
       LinearExtras extras = linears[j]->extras() != nullptr ? *linears[j]->extras() : LinearExtras();
       extras.activation_scales = observer.scales(*linears[j]);
       extras.activation_group = options.group;
+      extras.activation_outliers = options.percentile < 100.0;
       all.emplace("blk." + std::to_string(i) + "." + names[j] + ".weight", std::move(extras));
     }
   }

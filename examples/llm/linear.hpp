@@ -26,6 +26,8 @@ struct LinearExtras {
   /// Static INT8: the scales of x'', one for each `activation_group` inputs; activation_group 0: one for all. Empty: none.
   std::vector<float> activation_scales;
   std::size_t activation_group = 0;
+  /// Activations beyond their static scale's codes are multiplied as floats; else they are clamped.
+  bool activation_outliers = false;
   float outlier_threshold = 0.0F;  // LLM.int8(): activations from here on are multiplied as floats; 0: none are
   Eigen::VectorXf bias;            // of the outputs, or empty
 
@@ -38,7 +40,8 @@ struct LinearExtras {
   /// True where x'' is the same for both.
   bool same_input(const LinearExtras& o) const { return hadamard == o.hadamard && input_order == o.input_order; }
   bool same_scales(const LinearExtras& o) const {
-    return activation_group == o.activation_group && activation_scales == o.activation_scales;
+    return activation_group == o.activation_group && activation_outliers == o.activation_outliers &&
+           activation_scales == o.activation_scales;
   }
 };
 
@@ -71,6 +74,8 @@ inline void check(const LinearExtras& e, const std::string& name, std::size_t ro
   }
   require<FormatError>(std::isfinite(e.outlier_threshold) && e.outlier_threshold >= 0.0F, "'", name,
                        "' has an outlier threshold of ", e.outlier_threshold, ", expected 0 or more");
+  require<FormatError>(!e.activation_outliers || !e.activation_scales.empty(), "'", name,
+                       "' has outliers of static scales, but no static scales");
   require<FormatError>(e.bias.size() == 0 || static_cast<std::size_t>(e.bias.size()) == rows, "'", name,
                        "' has a bias of ", e.bias.size(), " elements, expected ", rows);
   require<FormatError>(e.bias.allFinite(), "'", name, "' has a bias that is not finite");

@@ -84,6 +84,7 @@ inline void add_linear_extras(nibble::PackedFileWriter& out, const Hparams& hpar
     }
     if (!e.activation_scales.empty()) {
       json["static"] = {{"group", e.activation_group}};
+      if (e.activation_outliers) json["static_outliers"] = true;
       add("linear:" + name + ".activation_scales", SafetensorsType::f32, e.activation_scales.data(),
           e.activation_scales.size());
     }
@@ -145,6 +146,8 @@ inline std::map<std::string, LinearExtras> linear_extras_of(const nibble::Packed
         } else if (key == "static") {
           e.activation_group = value.at("group").get<std::size_t>();
           read("activation_scales", SafetensorsType::f32, &e.activation_scales);
+        } else if (key == "static_outliers") {
+          e.activation_outliers = value.get<bool>();
         } else if (key == "outlier_threshold") {
           e.outlier_threshold = value.get<float>();
         } else if (key == "bias") {

@@ -38,6 +38,13 @@ class InputObserver {
   virtual void see(const Linear& w, const Eigen::Ref<const Eigen::MatrixXf>& x) = 0;
 };
 
+/// Activations that went through products of integers, and those of them that were outliers.
+struct OutlierCounts {
+  std::uint64_t values = 0;
+  std::uint64_t outliers = 0;
+  double share() const { return values == 0 ? 0.0 : static_cast<double>(outliers) / static_cast<double>(values); }
+};
+
 struct RunnerOptions {
   std::size_t context = 2048;  // positions that a sequence may reach
   std::size_t block = 512;     // tokens computed at once
@@ -50,6 +57,7 @@ struct RunnerOptions {
   /// Of the output layer, where those of the blocks are no floats: fp32, or automatic, a scale a token and group.
   nibble::Activations output_activations = nibble::Activations::automatic;
   nibble::KvFormat kv_format = nibble::KvFormat::fp16;
+  OutlierCounts* outliers = nullptr;   // counts activations that stay floats beside INT8, if anybody does
   nibble::ThreadPool* pool = nullptr;  // nullptr: the calling thread alone
   Profile* profile = nullptr;          // where time is written down, if anywhere
   InputObserver* observer = nullptr;   // who looks at the blocks' inputs, if anybody
@@ -220,13 +228,15 @@ class Runner {
 
   /// What a linear layer's input becomes; several layers with the same one share it.
   struct Form {
-    enum class Kind { floats, grouped, token, fixed, outliers };
+    enum class Kind { floats, grouped, token, fixed, outliers, fixed_outliers };
     Kind kind = Kind::floats;
     std::size_t group = 0;                               // grouped; the rest beside outliers
     float threshold = 0.0F;                              // outliers
     const LinearExtras* transform = nullptr;             // nullptr: as it came
     const nibble::HadamardRotation* rotation = nullptr;  // transform's
-    const LinearExtras* scales = nullptr;                // fixed
+    const LinearExtras* scales = nullptr;                // fixed, fixed_outliers
+
+    bool has_outliers() const { return kind == Kind::outliers || kind == Kind::fixed_outliers; }
 
     bool same_input(const Form& o) const {
       return transform == o.transform ||
@@ -248,18 +258,18 @@ class Runner {
     const bool automatic = options_.activations == Activations::automatic;
     const bool token = block && options_.activations == Activations::int8;
     float threshold = block ? options_.outlier_threshold : 0.0F;
-    if (automatic && threshold == 0.0F && e != nullptr) threshold = e->outlier_threshold;
-    if (automatic && threshold == 0.0F && e != nullptr && !e->activation_scales.empty()) {
-      form.kind = Form::Kind::fixed;
-      form.scales = e;
-      return form;
+    if (automatic && threshold == 0.0F && e != nullptr) {
+      threshold = e->outlier_threshold;
+      if (threshold == 0.0F && !e->activation_scales.empty()) {
+        form.kind = e->activation_outliers ? Form::Kind::fixed_outliers : Form::Kind::fixed;
+        form.scales = e;
+        return form;
+      }
     }
-    // Automatic: a scale for each group of inputs. With one a token, this size of model loses 4 % of its perplexity.
-    // Apart from outliers one a token will do.
-    const bool one = token || (automatic && threshold > 0.0F);
-    form.group = one ? 0 : nibble::activation_group(w.weights());
+    // A scale for each group of inputs. With one a token, this size of model loses 4 % of its perplexity.
+    form.group = token ? 0 : nibble::activation_group(w.weights());
     form.threshold = threshold;
-    form.kind = threshold > 0.0F ? Form::Kind::outliers : one ? Form::Kind::token : Form::Kind::grouped;
+    form.kind = threshold > 0.0F ? Form::Kind::outliers : token ? Form::Kind::token : Form::Kind::grouped;
     return form;
   }
 
@@ -294,7 +304,7 @@ class Runner {
           quantize(form);
           clock_.lap(Operation::quantize);
         }
-        if (form.kind == Kind::floats || form.kind == Kind::outliers) {
+        if (form.kind == Kind::floats || form.has_outliers()) {
           options.epilogue = epilogue;
           options.activations = nibble::Activations::fp32;
           if (form.kind == Kind::floats)
@@ -353,11 +363,18 @@ class Runner {
         outliers.activations = kind;
         outliers.group_size = form.group;
         runner_.outliers_.assign(x, outliers, pool);
+      } else if (form.kind == Kind::fixed_outliers) {
+        const std::vector<float>& scales = form.scales->activation_scales;
+        runner_.outliers_.assign_static(x, scales.data(), scales.size(), form.scales->activation_group, pool);
       } else if (form.kind == Kind::fixed) {
         const std::vector<float>& scales = form.scales->activation_scales;
         runner_.quantized_.assign_static(x, scales.data(), scales.size(), form.scales->activation_group, pool);
       } else {
         runner_.quantized_.assign(x, kind, pool, form.group);
+      }
+      if (OutlierCounts* counts = runner_.options_.outliers) {
+        counts->values += static_cast<std::uint64_t>(x.size());
+        if (form.has_outliers()) counts->outliers += runner_.outliers_.share().values;
       }
       form_ = form;
       ready_ = true;

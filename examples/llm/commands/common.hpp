@@ -48,8 +48,8 @@ inline RunnerOptions runner_options(const Common& c, const Model& model) {
   RunnerOptions options;
   options.kv_format = kv_format_of(c);
   if (c.activations == "float") options.activations = Activations::fp32;
-  if (c.activations == "int8") options.activations = Activations::int8_grouped;
-  if (c.activations == "int8-token" || c.activations == "llm-int8") options.activations = Activations::int8;
+  if (c.activations == "int8" || c.activations == "llm-int8") options.activations = Activations::int8_grouped;
+  if (c.activations == "int8-token") options.activations = Activations::int8;
   if (c.activations == "llm-int8") options.outlier_threshold = c.outlier_threshold;
   // As the papers have it: the output layer stays out of these.
   if (c.activations == "int8-token" || c.activations == "llm-int8" || c.activations == "int8-static")
@@ -146,7 +146,7 @@ inline void add_common(CLI::App* app, Common& c, bool runs) {
          "What integer weights are multiplied with. float: exact products of the dequantized weights; int8: "
          "codes, a "
          "scale a token and 32 inputs; int8-token: a scale a token; int8-static: the file's scales; llm-int8: as "
-         "int8-token, but large activations stay floats (the output layer is float in these three); auto: as the "
+         "int8, but large activations stay floats (the output layer is float in these three); auto: as the "
          "file says, or else int8")
       ->check(CLI::IsMember({"auto", "float", "int8", "int8-token", "int8-static", "llm-int8"}))
       ->capture_default_str();

@@ -33,6 +33,8 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
   RunnerOptions options = runner_options(c, s.model);
   options.context = a.context;
   options.pool = s.workers();
+  OutlierCounts outliers;
+  options.outliers = &outliers;
   Runner runner(s.model, options);
   const double start = limits_detail::seconds_now();
   PerplexityResult result;
@@ -47,6 +49,9 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
   const double seconds = limits_detail::seconds_now() - start;
   std::printf("perplexity %.4f over %zu windows of %zu (%zu tokens in the text), %.1f s\n", result.perplexity(),
               result.windows, a.context, tokens.size(), seconds);
+  if (outliers.outliers != 0)
+    std::printf("%.4f %% of the INT8 products' activations were outliers and stayed floats\n",
+                100.0 * outliers.share());
   write_json(c, {{"model", c.model},
                  {"text", a.text},
                  {"activations", c.activations},
@@ -55,6 +60,7 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
                  {"negative_log_likelihood", result.negative_log_likelihood},
                  {"predictions", result.predictions},
                  {"windows", result.windows},
+                 {"outlier_share", outliers.share()},
                  {"context", a.context},
                  {"tokens", tokens.size()},
                  {"threads", s.pool.threads()},

@@ -41,6 +41,8 @@ struct QuantizeArguments {
   std::string max_loss;
   TunerOptions tuner;
   std::optional<std::size_t> static_group;
+  double static_percentile = 99.9;
+  std::string activations;
   std::string resume;
   double state_seconds = 20.0;
   RoundingOptions rounding;
@@ -153,7 +155,7 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
   require(!wants_gguf(a.out), "method '", a.method, "' writes packed files only, not '", a.out, "'");
   require(!method.needs_calibration() || !a.calibration.empty(), "method '", a.method,
           "' needs a text: --calibration FILE");
-  require(!a.static_group || !a.calibration.empty(), "--static-activations needs a text: --calibration FILE");
+  require(!a.static_group || !a.calibration.empty(), "static activations need a text: --calibration FILE");
   require(!a.recipe.empty() || method.tune || !a.format.empty(), "--format is missing");
   const auto file = open_model(c.model);
   nibble::ThreadPool pool(c.threads);
@@ -167,6 +169,7 @@ inline void quantize_by_blocks(const Common& c, const QuantizeArguments& a, cons
   options.autoround = a.autoround;
   options.seed = options.autoround.seed = a.seed;
   options.static_group = a.static_group;
+  options.static_percentile = a.static_percentile;
   options.resume = a.resume.empty() ? a.out + ".resume" : a.resume;
   options.state_seconds = a.state_seconds;
   const std::string model = fingerprint_of_model(c.model);
@@ -280,6 +283,8 @@ inline void quantize(const Common& c, QuantizeArguments a) {
     nibble::detail::require(*end == (percent ? '%' : '\0') && a.goal.max_loss > 0.0 && a.goal.max_loss < 100.0,
                             "--max-loss '", a.max_loss, "': expected a share like 1% or 0.01");
   }
+  if (a.activations == "int8-static" && !a.static_group)
+    a.static_group = nibble::QuantizedActivations::default_group;
   const Method method = parse_method(a.method);
   if (!a.recipe.empty() || a.static_group || !a.recipe_out.empty() || !method.is_plain() ||
       !a.calibration.empty() || a.double_quant != 0)
@@ -407,10 +412,20 @@ inline void add_quantize(CLI::App& app, Common& c, std::function<void()>& action
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20))
       ->capture_default_str();
   command
-      ->add_option(
-          "--static-activations", a->static_group,
-          "Static INT8 activations: a scale for each so many inputs, 0: one for all, from the largest seen")
+      ->add_option("--activations", a->activations,
+                   "int8-static: the file gets scales of activations, for each 32 inputs, from the calibration "
+                   "text. float: it gets none")
+      ->check(CLI::IsMember({"float", "int8-static"}));
+  command
+      ->add_option("--static-activations", a->static_group,
+                   "The same with a scale for each so many inputs, 0: one for all")
       ->check(CLI::Range(std::size_t{0}, std::size_t{1} << 20));
+  command
+      ->add_option("--activation-percentile", a->static_percentile,
+                   "Percent of the calibration text's activations that static scales reach; what lies beyond is "
+                   "multiplied as floats. 100: all, and what lies beyond is clamped")
+      ->check(CLI::Range(50.0, 100.0))
+      ->capture_default_str();
   command
       ->add_option("--double-quant", a->double_quant,
                    "Scales in eight bits, in blocks of so many (256); the packed file holds them decoded")

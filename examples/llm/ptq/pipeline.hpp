@@ -29,6 +29,7 @@
 #include "report.hpp"
 #include "resume.hpp"
 #include "rounding.hpp"
+#include "static_activations.hpp"
 #include "transforms.hpp"
 
 namespace llm {
@@ -38,6 +39,7 @@ struct PtqOptions {
   std::function<MatrixPlan(const TensorInfo&)> plan_of;  // of every matrix of the model
   std::uint64_t seed = 0;                                // of random signs in rotations; 0: none
   std::optional<std::size_t> static_group = {};  // static INT8 activations: inputs that share a scale, 0: all
+  double static_percentile = 99.9;  // of their magnitudes that the scales reach, the rest stays float; 100: all
   RoundingOptions rounding;
   TransformOptions transforms;
   AutoRoundStepOptions autoround;
@@ -111,6 +113,14 @@ class PtqPipeline {
       result.phases.mark("files");
     }
     assemble(path, folder, result);
+    if (options_.static_group) {
+      CalibrateOptions calibration;
+      calibration.group = *options_.static_group;
+      calibration.percentile = options_.static_percentile;
+      calibration.pool = options_.pool;
+      add_static_activations(path, options_.windows, calibration);
+      result.phases.mark("static scales");
+    }
     folder.remove(h_.layers);
     result.phases.mark("files");
     return result;
@@ -268,15 +278,6 @@ class PtqPipeline {
       WeightMatrix values(w.rows(), w.cols());
       q.dequantize(values.data(), options_.pool);
       e.bias = nibble::bias_correction(values, w, statistics->sums().mean(), options_.pool);
-    }
-    if (options_.static_group) {
-      const Eigen::VectorXf most = statistics->sums().max_abs();
-      const Eigen::Index group = *options_.static_group == 0 ? most.size() : index(*options_.static_group);
-      e.activation_group = *options_.static_group;
-      for (Eigen::Index k = 0; k < most.size(); k += group) {
-        const float largest = most.segment(k, std::min(group, most.size() - k)).maxCoeff();
-        e.activation_scales.push_back(largest > 0.0F ? largest / 127.0F : 1.0F);
-      }
     }
     return e;
   }

@@ -56,7 +56,10 @@ inline nibble::Recipe recipe_of(const ModelFile& file, const PtqOptions& options
       {"autoround_lr", number(options.autoround.lr)},
       {"windows", number(windows.windows)},
       {"context", number(windows.context)}};
-  if (options.static_group) recipe.parameters["static_group"] = number(*options.static_group);
+  if (options.static_group) {
+    recipe.parameters["static_group"] = number(*options.static_group);
+    recipe.parameters["static_percentile"] = options.static_percentile;
+  }
   std::string after;
   if (m.autoround) after += "+autoround";
   if (m.bias) after += "+bias";
@@ -123,6 +126,8 @@ inline void follow(const nibble::Recipe& recipe, const ModelFile& file, PtqOptio
       options.autoround.lr = static_cast<float>(v);
     else if (name == "static_group")
       options.static_group = whole();
+    else if (name == "static_percentile")
+      options.static_percentile = v;
     else if (name == "windows")
       windows.windows = whole();
     else if (name == "context")

@@ -102,13 +102,8 @@ class QuantizedActivations {
   void assign_static(const ConstMatrixRef& x, const float* scales, std::size_t count, std::size_t group_size = 0,
                      ThreadPool* pool = nullptr, const detail::KernelTable& kernels = detail::kernels()) {
     const auto inputs = static_cast<std::size_t>(x.rows());
-    detail::require(group_size % 16 == 0, "activation group_size is ", group_size, ", expected a multiple of 16");
-    const std::size_t groups = group_size == 0 ? 1 : detail::ceil_div(inputs, group_size);
-    detail::require(count == groups, "static scales are ", count, ", expected ", groups, " for ", inputs,
-                    " inputs in groups of ", group_size);
-    for (std::size_t g = 0; g < count; ++g)
-      detail::require(scales[g] > 0.0F && detail::scalar::is_finite(scales[g]), "static scales[", g, "] is ",
-                      scales[g], ", expected a positive number");
+    check_static(inputs, scales, count, group_size);
+    const std::size_t groups = count;
     const detail::FpEnvironment environment;
     resize(x.rows(), x.cols(), true, group_size);
     const std::size_t x_stride = static_cast<std::size_t>(x.outerStride());
@@ -138,6 +133,17 @@ class QuantizedActivations {
       kernels.block_sums(codes_ + first * view_.stride, rows * view_.stride, sums_ + first * view_.stride / 16);
       sum_groups(first, rows);
     });
+  }
+
+  /// Throws what assign_static() throws for its scales.
+  static void check_static(std::size_t inputs, const float* scales, std::size_t count, std::size_t group_size) {
+    detail::require(group_size % 16 == 0, "activation group_size is ", group_size, ", expected a multiple of 16");
+    const std::size_t groups = group_size == 0 ? 1 : detail::ceil_div(inputs, group_size);
+    detail::require(count == groups, "static scales are ", count, ", expected ", groups, " for ", inputs,
+                    " inputs in groups of ", group_size);
+    for (std::size_t g = 0; g < count; ++g)
+      detail::require(scales[g] > 0.0F && detail::scalar::is_finite(scales[g]), "static scales[", g, "] is ",
+                      scales[g], ", expected a positive number");
   }
 
   /// Takes codes that a layer before has made: real = scale * (code - zero_point), one scale for all tokens.

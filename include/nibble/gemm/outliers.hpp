@@ -10,6 +10,8 @@
 // threshold, or where k is one of the fixed columns that calibration has found; a token alone and the same token in a
 // batch have the same bits. Values below the threshold of a column that is an outlier elsewhere stay INT8: they are no
 // larger than what the grid is made for.
+//
+// With fixed scales (assign_static) outliers are what their codes do not reach, which nothing then clips.
 #pragma once
 
 #include <Eigen/Core>
@@ -84,33 +86,42 @@ class OutlierActivations {
                       " rows");
     }
     const detail::FpEnvironment environment;
-    find(x, options, kernels);
-    const Eigen::Index m = static_cast<Eigen::Index>(tokens_.size());
-    if (m == 0) {
-      codes_.assign(x, options.activations, pool, options.group_size, kernels);
-      return;
+    const auto k = static_cast<std::size_t>(x.rows());
+    limits_.assign(1, options.threshold);
+    begin(k);
+    for (Eigen::Index t = 0; t < x.cols(); ++t) {
+      const float* token = x.data() + t * x.outerStride();
+      const detail::LineRange range = kernels.line_range(token, k);
+      if (!range.finite || k == 0) continue;
+      find(t, token, k, k, range.max >= limits_[0] || -range.min >= limits_[0], options.columns);
     }
-    // The rest: a copy without the outliers. They are placed among all columns that have one; a token has zeros where
-    // it has none, which add nothing to its sum.
-    const Eigen::Index k = x.rows();
-    float* rest = reinterpret_cast<float*>(rest_.take(detail::checked_mul(
-        detail::checked_mul(static_cast<std::size_t>(k), static_cast<std::size_t>(x.cols()), "x"), sizeof(float),
-        "x")));
-    Eigen::Map<Eigen::MatrixXf> copy(rest, k, x.cols());
-    copy = x;
-    const Eigen::Index u = static_cast<Eigen::Index>(columns_.size());
-    values_ = reinterpret_cast<float*>(memory_.take(static_cast<std::size_t>(u * m) * sizeof(float)));
-    std::fill_n(values_, u * m, 0.0F);
-    for (Eigen::Index i = 0; i < m; ++i) {
-      float* token = copy.col(tokens_[static_cast<std::size_t>(i)]).data();
-      for (std::size_t e = starts_[static_cast<std::size_t>(i)]; e < starts_[static_cast<std::size_t>(i) + 1];
-           ++e) {
-        const std::size_t column = entries_[e];
-        values_[i * u + place_[column]] = token[column];
-        token[column] = 0.0F;
+    end(k);
+    codes_.assign(without_outliers(x), options.activations, pool, options.group_size, kernels);
+  }
+
+  /// Divides x where each `group_size` inputs have a fixed scale, as QuantizedActivations::assign_static(): what lies
+  /// beyond the codes, |x| >= 127.5 * scale, is an outlier instead of being clamped. The same throws.
+  void assign_static(const ConstMatrixRef& x, const float* scales, std::size_t count, std::size_t group_size = 0,
+                     ThreadPool* pool = nullptr, const detail::KernelTable& kernels = detail::kernels()) {
+    const detail::FpEnvironment environment;
+    const auto k = static_cast<std::size_t>(x.rows());
+    QuantizedActivations::check_static(k, scales, count, group_size);
+    const std::size_t length = group_size == 0 ? k : group_size;
+    limits_.resize(count);
+    for (std::size_t g = 0; g < count; ++g) limits_[g] = 127.5F * scales[g];
+    begin(k);
+    for (Eigen::Index t = 0; t < x.cols(); ++t) {
+      const float* token = x.data() + t * x.outerStride();
+      bool finite = k != 0, some = false;
+      for (std::size_t g = 0; g < count && finite; ++g) {
+        const detail::LineRange range = kernels.line_range(token + g * length, std::min(length, k - g * length));
+        finite = range.finite;
+        some = some || range.max >= limits_[g] || -range.min >= limits_[g];
       }
+      if (finite && some) find(t, token, k, length, true, {});
     }
-    codes_.assign(copy, options.activations, pool, options.group_size, kernels);
+    end(k);
+    codes_.assign_static(without_outliers(x), scales, count, group_size, pool, kernels);
   }
 
   Eigen::Index inputs() const noexcept { return codes_.inputs(); }
@@ -133,35 +144,39 @@ class OutlierActivations {
   }
 
  private:
-  /// Fills entries_ (the outlier columns of every token that has some), tokens_, columns_, counts_ and place_.
-  void find(const ConstMatrixRef& x, const OutlierOptions& options, const detail::KernelTable& kernels) {
-    const auto k = static_cast<std::size_t>(x.rows());
+  void begin(std::size_t k) {
     tokens_.clear();
     starts_.assign(1, 0);
     entries_.clear();
     columns_.clear();
     counts_.clear();
     place_.assign(k, 0);
-    for (Eigen::Index t = 0; t < x.cols(); ++t) {
-      const float* token = x.data() + t * x.outerStride();
-      const detail::LineRange range = kernels.line_range(token, k);
-      if (!range.finite || k == 0) continue;
-      const bool some = range.max >= options.threshold || -range.min >= options.threshold;
-      if (!some && options.columns.empty()) continue;
-      auto fixed = options.columns.begin();
-      if (!some) {
-        for (; fixed != options.columns.end(); ++fixed) entries_.push_back(static_cast<std::uint32_t>(*fixed));
-      } else {
-        for (std::size_t i = 0; i < k; ++i) {
-          const bool is_fixed = fixed != options.columns.end() && static_cast<std::size_t>(*fixed) == i;
+  }
+
+  /// Adds the outliers of token t to entries_: the fixed columns, and if there are `some`, what reaches limits_, of which
+  /// there is one for each `length` inputs.
+  void find(Eigen::Index t, const float* token, std::size_t k, std::size_t length, bool some,
+            const std::vector<Eigen::Index>& columns) {
+    if (!some && columns.empty()) return;
+    auto fixed = columns.begin();
+    if (!some) {
+      for (; fixed != columns.end(); ++fixed) entries_.push_back(static_cast<std::uint32_t>(*fixed));
+    } else {
+      for (std::size_t g = 0; g * length < k; ++g) {
+        const float limit = limits_[g];
+        for (std::size_t i = g * length; i < std::min(k, (g + 1) * length); ++i) {
+          const bool is_fixed = fixed != columns.end() && static_cast<std::size_t>(*fixed) == i;
           if (is_fixed) ++fixed;
-          if (is_fixed || std::fabs(token[i]) >= options.threshold)
-            entries_.push_back(static_cast<std::uint32_t>(i));
+          if (is_fixed || std::fabs(token[i]) >= limit) entries_.push_back(static_cast<std::uint32_t>(i));
         }
       }
-      tokens_.push_back(t);
-      starts_.push_back(entries_.size());
     }
+    tokens_.push_back(t);
+    starts_.push_back(entries_.size());
+  }
+
+  /// Fills columns_, counts_ and place_ out of entries_.
+  void end(std::size_t k) {
     for (const std::uint32_t column : entries_) ++place_[column];
     for (std::size_t i = 0; i < k; ++i) {
       if (place_[i] == 0) continue;
@@ -171,6 +186,32 @@ class OutlierActivations {
     }
   }
 
+  /// x with zeros for its outliers, which go to values_: among all columns that have one. A token has zeros where it has
+  /// none, which add nothing to its sum.
+  ConstMatrixRef without_outliers(const ConstMatrixRef& x) {
+    const Eigen::Index m = static_cast<Eigen::Index>(tokens_.size());
+    if (m == 0) return x;
+    const Eigen::Index k = x.rows();
+    float* rest = reinterpret_cast<float*>(rest_.take(detail::checked_mul(
+        detail::checked_mul(static_cast<std::size_t>(k), static_cast<std::size_t>(x.cols()), "x"), sizeof(float),
+        "x")));
+    Eigen::Map<Eigen::MatrixXf> copy(rest, k, x.cols());
+    copy = x;
+    const Eigen::Index u = static_cast<Eigen::Index>(columns_.size());
+    values_ = reinterpret_cast<float*>(memory_.take(static_cast<std::size_t>(u * m) * sizeof(float)));
+    std::fill_n(values_, u * m, 0.0F);
+    for (Eigen::Index i = 0; i < m; ++i) {
+      float* token = copy.col(tokens_[static_cast<std::size_t>(i)]).data();
+      for (std::size_t e = starts_[static_cast<std::size_t>(i)]; e < starts_[static_cast<std::size_t>(i) + 1];
+           ++e) {
+        const std::size_t column = entries_[e];
+        values_[i * u + place_[column]] = token[column];
+        token[column] = 0.0F;
+      }
+    }
+    return ConstMatrixRef(copy);
+  }
+
   QuantizedActivations codes_;
   std::vector<Eigen::Index> tokens_;
   std::vector<std::size_t> starts_;     // of outlier token i's part of entries_, and the end
@@ -178,6 +219,7 @@ class OutlierActivations {
   std::vector<Eigen::Index> columns_;
   std::vector<std::size_t> counts_;
   std::vector<std::ptrdiff_t> place_;  // of a column in columns_
+  std::vector<float> limits_;
   Workspace rest_;
   Workspace memory_;
   float* values_ = nullptr;
