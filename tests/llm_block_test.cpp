@@ -53,7 +53,7 @@ Eigen::MatrixXf head(const Model& model, const Eigen::MatrixXf& hidden) {
   Eigen::MatrixXf logits(static_cast<Eigen::Index>(model.hparams.vocabulary), hidden.cols());
   nibble::MatmulOptions options;
   options.activations = nibble::Activations::fp32;
-  nibble::matmul(model.output, normed, logits, options);
+  nibble::matmul(model.output.weights(), normed, logits, options);
   return logits;
 }
 
