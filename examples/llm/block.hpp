@@ -145,6 +145,20 @@ struct BlockOptions {
   nibble::ThreadPool* pool = nullptr;  // nullptr: the calling thread alone
 };
 
+/// The turns of a window's positions. Throws InvalidArgument for an empty window.
+inline nibble::Rope block_rope(const Hparams& h, const BlockOptions& options) {
+  nibble::detail::require(options.window > 0, "a window has 0 tokens, expected at least 1");
+  nibble::RopeOptions rope;
+  rope.dimensions = h.rope_size;
+  rope.positions = options.window;
+  rope.base = h.rope_base;
+  rope.linear_scale = h.rope_scale;
+  rope.divisors = options.rope_divisors;
+  nibble::Rope prepared(rope);
+  prepared.prepare(options.window);
+  return prepared;
+}
+
 /// Runs blocks of one model. Hidden states are dim x T: windows side by side, the last may be shorter. What comes out
 /// has the bits that Runner computes for fp32 weights, activations and KV cache, for any number of threads and windows.
 /// One thread at a time may use it.
@@ -153,15 +167,7 @@ class BlockRunner {
   using Matrix = Eigen::MatrixXf;
 
   BlockRunner(const Hparams& h, const BlockOptions& options) : h_(h), options_(options) {
-    nibble::detail::require(options.window > 0, "a window has 0 tokens, expected at least 1");
-    nibble::RopeOptions rope;
-    rope.dimensions = h.rope_size;
-    rope.positions = options.window;
-    rope.base = h.rope_base;
-    rope.linear_scale = h.rope_scale;
-    rope.divisors = options.rope_divisors;
-    rope_ = nibble::Rope(rope);
-    rope_.prepare(options.window);
+    rope_ = block_rope(h, options);
   }
 
   const Hparams& hparams() const { return h_; }

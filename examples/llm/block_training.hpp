@@ -35,15 +35,7 @@ class BlockTrainer {
   using Matrix = Eigen::MatrixXf;
 
   BlockTrainer(const Hparams& h, const BlockOptions& options) : h_(h), options_(options) {
-    nibble::detail::require(options.window > 0, "a window has 0 tokens, expected at least 1");
-    nibble::RopeOptions rope;
-    rope.dimensions = h.rope_size;
-    rope.positions = options.window;
-    rope.base = h.rope_base;
-    rope.linear_scale = h.rope_scale;
-    rope.divisors = options.rope_divisors;
-    rope_ = nibble::Rope(rope);
-    rope_.prepare(options.window);
+    rope_ = block_rope(h, options);
     train_.pool = options.pool;
     train_.workspace = &workspace_;
     shape_.heads = h.heads;

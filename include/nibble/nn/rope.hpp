@@ -74,25 +74,19 @@ class Rope {
   /// (a rotation's transpose). The same constraints.
   void apply_inverse(float* x, std::size_t heads, std::size_t head_size, std::size_t position, float scale = 1.0F,
                      const detail::KernelTable& kernels = detail::kernels()) const {
-    detail::require(position < prepared_, "rope position is ", position, ", prepared are ", prepared_);
-    detail::require(head_size >= options_.dimensions, "head_size is ", head_size, ", expected at least the ",
-                    options_.dimensions, " dimensions of rope");
-    const detail::FpEnvironment environment;
-    detail::RopeArgs args;
-    args.x = x;
-    args.heads = heads;
-    args.head_size = head_size;
-    args.pairs = frequencies_.size();
-    args.cosines = row(position);
-    args.sines = inverse_.get() + position * options_.dimensions;
-    args.scale = scale;
-    kernels.rope(args);
+    turn(x, heads, head_size, position, scale, true, kernels);
   }
 
   /// Turns `heads` heads of head_size floats at x, in place, for a position that is prepared, and multiplies all by
   /// `scale` (1 / sqrt(head_size) for queries). Safe from several threads.
   void apply(float* x, std::size_t heads, std::size_t head_size, std::size_t position, float scale = 1.0F,
              const detail::KernelTable& kernels = detail::kernels()) const {
+    turn(x, heads, head_size, position, scale, false, kernels);
+  }
+
+ private:
+  void turn(float* x, std::size_t heads, std::size_t head_size, std::size_t position, float scale, bool back,
+            const detail::KernelTable& kernels) const {
     detail::require(position < prepared_, "rope position is ", position, ", prepared are ", prepared_);
     detail::require(head_size >= options_.dimensions, "head_size is ", head_size, ", expected at least the ",
                     options_.dimensions, " dimensions of rope");
@@ -103,12 +97,11 @@ class Rope {
     args.head_size = head_size;
     args.pairs = frequencies_.size();
     args.cosines = row(position);
-    args.sines = args.cosines + options_.dimensions;
+    args.sines = back ? inverse_.get() + position * options_.dimensions : args.cosines + options_.dimensions;
     args.scale = scale;
     kernels.rope(args);
   }
 
- private:
   float* row(std::size_t position) const noexcept { return table_.get() + position * 2 * options_.dimensions; }
 
   RopeOptions options_;
