@@ -1,5 +1,6 @@
-// Umbrella: everything that needs Eigen and the standard library alone. The headers of nibble/io that read and write
-// safetensors need nlohmann/json; include those by name.
+// Umbrella: quantizers, packed weights, products, transformer parts, files - what needs Eigen and the standard library
+// alone. Post-training quantization and training cost a compiler as much again: <nibble/ptq.hpp>, <nibble/train.hpp>. The
+// headers of nibble/io that read and write safetensors need nlohmann/json; include those by name.
 #pragma once
 
 #include "nibble/core/abi.hpp"
@@ -49,31 +50,6 @@
 #include "nibble/nn/norm.hpp"
 #include "nibble/nn/rope.hpp"
 #include "nibble/nn/softmax.hpp"
-
-#include "nibble/ptq/autoround.hpp"
-#include "nibble/ptq/awq.hpp"
-#include "nibble/ptq/bias_correction.hpp"
-#include "nibble/ptq/cholesky.hpp"
-#include "nibble/ptq/double_quant.hpp"
-#include "nibble/ptq/equalize.hpp"
-#include "nibble/ptq/fold.hpp"
-#include "nibble/ptq/gptq.hpp"
-#include "nibble/ptq/hadamard.hpp"
-#include "nibble/ptq/hessian.hpp"
-#include "nibble/ptq/hqq.hpp"
-#include "nibble/ptq/importance.hpp"
-#include "nibble/ptq/observers.hpp"
-#include "nibble/ptq/output_error.hpp"
-#include "nibble/ptq/recipe.hpp"
-#include "nibble/ptq/smooth_quant.hpp"
-#include "nibble/ptq/tune.hpp"
-#include "nibble/ptq/weight_grids.hpp"
-
-#include "nibble/train/attention.hpp"
-#include "nibble/train/linear.hpp"
-#include "nibble/train/options.hpp"
-#include "nibble/train/rms_norm.hpp"
-#include "nibble/train/swiglu.hpp"
 
 #include "nibble/io/atomic_file.hpp"
 #include "nibble/io/gguf.hpp"

@@ -8,7 +8,8 @@ usage: check_layers.py INCLUDE_DIR [--self-test]
   3. The folders under nibble/ are exactly the layers named here.
   4. kernels/<isa> includes nothing of another ISA but the shared parts and the table it starts from (dispatch.hpp
      alone names all ISAs).
-  5. The umbrella reaches Eigen and the standard library alone, and every header that needs no more is in it.
+  5. The umbrellas reach Eigen and the standard library alone, and every header that needs no more is in one. The layers
+     with an umbrella of their own (nibble/<layer>.hpp) are not in nibble/nibble.hpp.
   6. Nothing is included inside a target region.
 """
 import os
@@ -82,7 +83,7 @@ def check(root):
             if layer is None:
                 continue
             if above is None:
-                faults.append(f"{path}: includes the umbrella")
+                faults.append(f"{path}: includes an umbrella")
             elif layer in LAYERS and above in LAYERS and LAYERS.index(above) > LAYERS.index(layer):
                 faults.append(f"{path}: includes {target}, upwards from {layer} to {above}")
         # kernels/<isa>/x includes kernels/<isa>/, kernels/vector/, scalar's helpers or kernels/*.hpp only.
@@ -126,17 +127,21 @@ def check(root):
     if umbrella not in files:
         faults.append(f"{umbrella} is missing")
     else:
-        inside = closure(umbrella)
+        others = sorted(p for p in files if p.count("/") == 1 and p != umbrella)
+        for path in sorted(closure(umbrella)):
+            if f"nibble/{layer_of(path)}.hpp" in others:
+                faults.append(f"{path}: {umbrella} reaches it, whose layer has an umbrella of its own")
+        inside = set().union(*(closure(p) for p in [umbrella] + others))
         for path in sorted(inside):
             for target in foreign[path]:
                 if OPTIONAL.match(target):
-                    faults.append(f"{path}: the umbrella reaches it, and it includes <{target}>")
+                    faults.append(f"{path}: an umbrella reaches it, and it includes <{target}>")
         for path in sorted(files):
             if not path.endswith(".hpp") or path in inside:
                 continue
             needs = {t for p in closure(path) for t in foreign[p] if OPTIONAL.match(t)}
             if not needs:
-                faults.append(f"{path}: needs Eigen and the standard library alone, yet the umbrella leaves it out")
+                faults.append(f"{path}: needs Eigen and the standard library alone, yet every umbrella leaves it out")
 
     for path, text in files.items():
         depth = 0
@@ -164,14 +169,16 @@ def self_test():
         "cycle": {"nibble/core/a.hpp": '#include "nibble/core/b.hpp"\n', "nibble/core/b.hpp": '#include "nibble/core/a.hpp"\n'},
         "not a layer": {"nibble/misc/a.hpp": "\n"},
         "does not exist": {"nibble/core/a.hpp": '#include "nibble/core/none.hpp"\n'},
-        "umbrella reaches": {"nibble/io/a.hpp": "#include <nlohmann/json.hpp>\n", "nibble/nibble.hpp": '#include "nibble/io/a.hpp"\n'},
+        "an umbrella reaches": {"nibble/io/a.hpp": "#include <nlohmann/json.hpp>\n", "nibble/nibble.hpp": '#include "nibble/io/a.hpp"\n'},
         "leaves it out": {"nibble/io/a.hpp": "\n"},
         "neither Eigen": {"nibble/core/a.hpp": "#include <boost/any.hpp>\n"},
         "another ISA": {"nibble/kernels/avx2/a.hpp": '#include "nibble/kernels/avx512vnni/b.hpp"\n',
                         "nibble/kernels/avx512vnni/b.hpp": "\n"},
         "inside a target region": {"nibble/kernels/avx2/a.hpp": 'NIBBLE_TARGET_BEGIN("avx2")\n#include <vector>\nNIBBLE_TARGET_END\n'},
         "do not match": {"nibble/kernels/avx2/a.hpp": 'NIBBLE_TARGET_BEGIN("avx2")\n'},
-        "includes the umbrella": {"nibble/core/a.hpp": '#include "nibble/nibble.hpp"\n'},
+        "umbrella of its own": {"nibble/ptq/a.hpp": "\n", "nibble/ptq.hpp": '#include "nibble/ptq/a.hpp"\n',
+                                "nibble/nibble.hpp": '#include "nibble/ptq/a.hpp"\n'},
+        "includes an umbrella": {"nibble/core/a.hpp": '#include "nibble/nibble.hpp"\n'},
     }
     for expected, tree in plants.items():
         with tempfile.TemporaryDirectory() as root:

@@ -1,0 +1,21 @@
+// Umbrella: post-training quantization.
+#pragma once
+
+#include "nibble/ptq/autoround.hpp"
+#include "nibble/ptq/awq.hpp"
+#include "nibble/ptq/bias_correction.hpp"
+#include "nibble/ptq/cholesky.hpp"
+#include "nibble/ptq/double_quant.hpp"
+#include "nibble/ptq/equalize.hpp"
+#include "nibble/ptq/fold.hpp"
+#include "nibble/ptq/gptq.hpp"
+#include "nibble/ptq/hadamard.hpp"
+#include "nibble/ptq/hessian.hpp"
+#include "nibble/ptq/hqq.hpp"
+#include "nibble/ptq/importance.hpp"
+#include "nibble/ptq/observers.hpp"
+#include "nibble/ptq/output_error.hpp"
+#include "nibble/ptq/recipe.hpp"
+#include "nibble/ptq/smooth_quant.hpp"
+#include "nibble/ptq/tune.hpp"
+#include "nibble/ptq/weight_grids.hpp"

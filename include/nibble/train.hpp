@@ -1,0 +1,8 @@
+// Umbrella: training, quantization-aware and through quantized weights.
+#pragma once
+
+#include "nibble/train/attention.hpp"
+#include "nibble/train/linear.hpp"
+#include "nibble/train/options.hpp"
+#include "nibble/train/rms_norm.hpp"
+#include "nibble/train/swiglu.hpp"
