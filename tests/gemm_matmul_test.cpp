@@ -308,6 +308,158 @@ TEST(Matmul, GroupedActivationsEqualTheDefinition) {
     }
 }
 
+/// Codes of `bits` bits by the definition. Symmetric: zero is 0.
+std::vector<std::int32_t> naive_narrow(const Eigen::VectorXf& x, unsigned bits, bool symmetric, float& scale,
+                                       std::int32_t& zero) {
+  const float h = std::ldexp(1.0F, static_cast<int>(bits) - 1);
+  const float lo = std::min(0.0F, x.minCoeff());
+  const float hi = std::max(0.0F, x.maxCoeff());
+  scale = symmetric ? std::max(-lo, hi) / (h - 1.0F) : hi / (2.0F * h - 1.0F) - lo / (2.0F * h - 1.0F);
+  const float bottom = symmetric ? 1.0F - h : -h;
+  const float z = symmetric ? 0.0F : std::min(h - 1.0F, std::max(-h, std::nearbyint(-h - lo / scale)));
+  zero = static_cast<std::int32_t>(z);
+  std::vector<std::int32_t> q;
+  for (Index i = 0; i < x.size(); ++i)
+    q.push_back(static_cast<std::int32_t>(std::min(h - 1.0F, std::max(bottom, std::nearbyint(x[i] / scale) + z))));
+  return q;
+}
+
+TEST(Matmul, ActivationsOfFewerBitsEqualTheDefinition) {
+  constexpr Index k = 75, m = 5;
+  constexpr std::size_t n = 19;
+  unsigned seed = 900;
+  ThreadPool pool(3);
+  for (Format f : {Format::int8, Format::int4, Format::int3, Format::int2})
+    for (unsigned b : {2U, 3U, 4U, 6U, 8U})
+      for (Activations kind : {Activations::int8, Activations::int8_grouped, Activations::int8_asymmetric}) {
+        const Scheme scheme = scheme_of(f, Symmetry::float_offset, Granularity::per_channel(0));
+        const QuantizedTensor q = random_quantized(scheme, n, k, ++seed);
+        const PackedMatrix w = pack(q);
+        const MatrixXf x = random_floats(k, m, ++seed);
+        const bool symmetric = kind != Activations::int8_asymmetric;
+        const Index group = kind == Activations::int8_grouped ? 32 : k;
+        const std::vector<std::int32_t> ones(static_cast<std::size_t>(k), 1);
+        QuantizedActivations codes;
+        codes.assign(x, kind, nullptr, 32, b);
+        MatrixXf expected(static_cast<Index>(n), m);
+        for (Index t = 0; t < m; ++t)
+          for (Index begin = 0; begin < k; begin += group) {
+            float scale = 0.0F;
+            std::int32_t zero = 0;
+            const Index length = std::min(group, k - begin);
+            const std::vector<std::int32_t> token =
+                naive_narrow(x.col(t).segment(begin, length), b, symmetric, scale, zero);
+            ASSERT_EQ(codes.scale(t, static_cast<std::size_t>(begin / group)), scale);
+            ASSERT_EQ(codes.zero_point(t), zero);
+            for (Index i = 0; i < length; ++i)
+              ASSERT_EQ(codes.codes(t)[begin + i], token[static_cast<std::size_t>(i)]) << b << " bits";
+            if (kind == Activations::int8_grouped) {
+              for (std::size_t r = 0; r < n; ++r) {
+                float& y = expected(static_cast<Index>(r), t);
+                if (begin == 0) y = 0.0F;
+                std::int64_t dot = 0, sum = 0;
+                for (Index i = 0; i < length; ++i) {
+                  dot += centred(q, r, static_cast<std::size_t>(begin + i)) * token[static_cast<std::size_t>(i)];
+                  sum += token[static_cast<std::size_t>(i)];
+                }
+                const float term = nibble::detail::rounded(q.scale(r) * static_cast<float>(dot));
+                y = std::fma(scale, std::fma(q.offset(r), static_cast<float>(sum), term), y);
+              }
+              continue;
+            }
+            for (std::size_t r = 0; r < n; ++r) {
+              const float acc = naive_int(q, r, token, w.group_size());
+              const float of_zero =
+                  symmetric ? acc
+                            : std::fma(-static_cast<float>(zero), naive_int(q, r, ones, w.group_size()), acc);
+              expected(static_cast<Index>(r), t) = of_zero * scale;
+            }
+          }
+        for (Isa isa : available_isas())
+          for (ThreadPool* threads : {static_cast<ThreadPool*>(nullptr), &pool}) {
+            MatmulOptions options;
+            options.isa = isa;
+            options.pool = threads;
+            options.activations = kind;
+            options.activation_bits = b;
+            MatrixXf y(static_cast<Index>(n), m);
+            nibble::matmul(w, x, y, options);
+            ASSERT_EQ(bits(y), bits(expected)) << name_of(isa) << " " << name_of(f) << " " << b << " bits";
+          }
+      }
+  QuantizedActivations codes;
+  const MatrixXf x = random_floats(k, 1, 1);
+  EXPECT_THROW(codes.assign(x, Activations::int8, nullptr, 32, 1), InvalidArgument);
+  EXPECT_THROW(codes.assign(x, Activations::int8, nullptr, 32, 9), InvalidArgument);
+}
+
+TEST(Matmul, StaticGridsOfAnyWidthAndZeroPointEqualTheDefinition) {
+  constexpr Index k = 75, m = 3;
+  const QuantizedTensor q =
+      random_quantized(scheme_of(Format::int4, Symmetry::asymmetric, Granularity::per_group(32)), 20, 75, 4);
+  const PackedMatrix w = pack(q);
+  MatrixXf x = random_floats(k, m, 6);
+  const std::vector<std::int32_t> ones(static_cast<std::size_t>(k), 1);
+  for (unsigned b : {2U, 4U, 8U})
+    for (const bool symmetric : {true, false}) {
+      const float scale = 1.5F / std::ldexp(1.0F, static_cast<int>(b));
+      const auto h = static_cast<std::int32_t>(1U << (b - 1));
+      nibble::StaticGrid grid;
+      grid.scales = &scale;
+      grid.count = 1;
+      grid.bits = b;
+      grid.symmetric = symmetric;
+      grid.zero_point = symmetric ? 0 : 1 - h;
+      MatrixXf expected(20, m);
+      for (Index t = 0; t < m; ++t) {
+        std::vector<std::int32_t> token;
+        for (Index i = 0; i < k; ++i) {
+          const auto code = static_cast<std::int32_t>(std::nearbyint(x(i, t) / scale)) + grid.zero_point;
+          token.push_back(std::min(h - 1, std::max(symmetric ? 1 - h : -h, code)));
+        }
+        for (std::size_t r = 0; r < 20; ++r) {
+          float y = naive_int(q, r, token, w.group_size());
+          if (!symmetric)
+            y = std::fma(-static_cast<float>(grid.zero_point), naive_int(q, r, ones, w.group_size()), y);
+          expected(static_cast<Index>(r), t) = y * scale;
+        }
+      }
+      for (Isa isa : available_isas()) {
+        QuantizedActivations codes;
+        codes.assign_static(x, grid, nullptr, nibble::detail::kernels_for(isa));
+        MatmulOptions options;
+        options.isa = isa;
+        MatrixXf y(20, m);
+        nibble::matmul(w, codes, y, options);
+        ASSERT_EQ(bits(y), bits(expected)) << name_of(isa) << " " << b << " bits";
+        // A token that is not finite makes its own outputs NaN and no other's.
+        MatrixXf broken = x;
+        broken(k - 1, 1) = std::numeric_limits<float>::quiet_NaN();
+        codes.assign_static(broken, grid, nullptr, nibble::detail::kernels_for(isa));
+        nibble::matmul(w, codes, y, options);
+        EXPECT_TRUE(std::isnan(y(0, 1)));
+        EXPECT_EQ(bits(y.col(0)), bits(expected.col(0)));
+        EXPECT_EQ(bits(y.col(2)), bits(expected.col(2)));
+      }
+    }
+  const float scale = 1.0F;
+  nibble::StaticGrid grid;
+  grid.scales = &scale;
+  grid.count = 1;
+  QuantizedActivations codes;
+  const auto refused = [&](auto&& change) {
+    nibble::StaticGrid other = grid;
+    change(other);
+    EXPECT_THROW(codes.assign_static(x, other), InvalidArgument);
+  };
+  EXPECT_NO_THROW(codes.assign_static(x, grid));
+  refused([](nibble::StaticGrid& g) { g.bits = 1; });
+  refused([](nibble::StaticGrid& g) { g.zero_point = 1; });
+  refused([](nibble::StaticGrid& g) { g.symmetric = false, g.bits = 4, g.zero_point = 8; });
+  refused([](nibble::StaticGrid& g) { g.symmetric = false, g.group_size = 80; });
+  refused([](nibble::StaticGrid& g) { g.count = 2; });
+}
+
 TEST(Matmul, GroupsThatDoNotFitAreRefused) {
   const Scheme scheme = scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(64));
   const PackedMatrix w = pack(random_quantized(scheme, 8, 128, 1));

@@ -550,8 +550,9 @@ inline void check_gemv_dense(const KernelTable& t) {
 
 inline void check_quantize_rows(const KernelTable& t) {
   Random random(6);
-  const auto run = [&](std::size_t rows, std::size_t k, bool symmetric, int flavour) {
+  const auto run = [&](std::size_t rows, std::size_t k, bool symmetric, int flavour, unsigned bits = 8) {
     QuantizeRowsArgs a;
+    a.bits = bits;
     a.rows = rows;
     a.k = k;
     a.symmetric = symmetric;
@@ -586,7 +587,8 @@ inline void check_quantize_rows(const KernelTable& t) {
     a.scales = scales.data();
     a.zeros = symmetric && random.below(2) == 0 ? nullptr : zeros.data();
     t.quantize_rows(a);
-    const std::string what = "quantize_rows k=" + std::to_string(k) + " flavour=" + std::to_string(flavour);
+    const std::string what = "quantize_rows k=" + std::to_string(k) + " flavour=" + std::to_string(flavour) +
+                             " bits=" + std::to_string(bits);
     expect_equal(got.data(), want.data(), got.size(), what);
     expect_same(scales.data(), want_scales.data(), rows, what + " scales");
     if (a.zeros != nullptr) expect_equal(zeros.data(), want_zeros.data(), rows, what + " zeros");
@@ -595,6 +597,8 @@ inline void check_quantize_rows(const KernelTable& t) {
     for (bool symmetric : {true, false}) {
       for (std::size_t k = 0; k <= 95; ++k) run(1 + k % 3, k, symmetric, flavour);
       for (std::size_t k : {127U, 128U, 129U, 576U, 1021U}) run(3, k, symmetric, flavour);
+      for (unsigned bits = 2; bits < 8; ++bits)
+        for (std::size_t k : {0U, 1U, 15U, 16U, 31U, 32U, 33U, 200U}) run(3, k, symmetric, flavour, bits);
     }
 }
 

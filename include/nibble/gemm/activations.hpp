@@ -46,6 +46,17 @@ struct ActivationView {
 
 }  // namespace detail
 
+/// A fixed grid of activations, from calibration or learned. Symmetric codes of b bits lie within +-(2^(b - 1) - 1), the
+/// others within -2^(b - 1) .. 2^(b - 1) - 1.
+struct StaticGrid {
+  const float* scales = nullptr;  ///< one for each `group_size` inputs, positive
+  std::size_t count = 0;          ///< of them
+  std::size_t group_size = 0;     ///< a multiple of 16, as int8_grouped has them; 0: one scale for all inputs
+  unsigned bits = 8;              ///< of a code, 2 to 8
+  bool symmetric = true;          ///< false: one scale for all inputs, and a zero point
+  std::int32_t zero_point = 0;    ///< real = scale * (code - zero_point); a code; 0 where symmetric
+};
+
 /// k x m activations (a token a column) as INT8 codes: quantize once, multiply with several weights (q, k and v, gate
 /// and up). Reusing one object for the same or smaller shapes allocates nothing. Reading it from several threads is
 /// safe, assigning is not.
@@ -58,14 +69,17 @@ class QuantizedActivations {
 
   /// Quantizes x: absmax / 127 a token (`kind` int8 or automatic), with a zero point a token (int8_asymmetric), or
   /// absmax / 127 a token and group (int8_grouped). Groups are `group_size` inputs, a multiple of 16: that of the weights
-  /// or that divided by a power of two, anything where they have one scale a channel; activation_group(w) suits. A token with a NaN or an Inf gets a scale NaN: its
-  /// outputs are NaN, no other token's are.
+  /// or that divided by a power of two, anything where they have one scale a channel; activation_group(w) suits.
+  /// Codes of fewer `bits`, 2 to 8, lie within a narrower range: absmax / (2^(bits - 1) - 1), 7 for 4 bits. A token with
+  /// a NaN or an Inf gets a scale NaN: its outputs are NaN, no other token's are.
   void assign(const ConstMatrixRef& x, Activations kind = Activations::int8, ThreadPool* pool = nullptr,
-              std::size_t group_size = default_group, const detail::KernelTable& kernels = detail::kernels()) {
+              std::size_t group_size = default_group, unsigned bits = 8,
+              const detail::KernelTable& kernels = detail::kernels()) {
     detail::require(kind != Activations::fp32 && kind != Activations::bf16,
                     "activations kind is of floats, expected int8, int8_grouped or int8_asymmetric");
     detail::require(kind != Activations::int8_grouped || (group_size != 0 && group_size % 16 == 0),
                     "activation group_size is ", group_size, ", expected a multiple of 16");
+    check_bits(bits);
     const detail::FpEnvironment environment;
     const bool symmetric = kind != Activations::int8_asymmetric;
     resize(x.rows(), x.cols(), symmetric, kind == Activations::int8_grouped ? group_size : 0);
@@ -75,7 +89,8 @@ class QuantizedActivations {
       const std::size_t rows = std::min(rows_a_task, view_.tokens - first);
       std::int8_t* codes = codes_ + first * view_.stride;
       if (view_.group_size != 0) {
-        for (std::size_t r = first; r < first + rows; ++r) quantize_groups(kernels, x.data() + r * x_stride, r);
+        for (std::size_t r = first; r < first + rows; ++r)
+          quantize_groups(kernels, x.data() + r * x_stride, r, bits);
       } else {
         detail::QuantizeRowsArgs args;
         args.x = x.data() + first * x_stride;
@@ -83,6 +98,7 @@ class QuantizedActivations {
         args.rows = rows;
         args.k = view_.inputs;
         args.symmetric = symmetric;
+        args.bits = bits;
         args.q = codes;
         args.q_stride = view_.stride;
         args.scales = scales_ + first;
@@ -101,11 +117,26 @@ class QuantizedActivations {
   /// scale NaN. Throws InvalidArgument for a scale that is not positive, or another number of them.
   void assign_static(const ConstMatrixRef& x, const float* scales, std::size_t count, std::size_t group_size = 0,
                      ThreadPool* pool = nullptr, const detail::KernelTable& kernels = detail::kernels()) {
+    StaticGrid grid;
+    grid.scales = scales;
+    grid.count = count;
+    grid.group_size = group_size;
+    assign_static(x, grid, pool, kernels);
+  }
+
+  /// Quantizes x on a fixed grid: code = clamp(rne(x / scale) + zero_point, lowest, highest). A token with a NaN or an Inf
+  /// gets a scale NaN. Throws InvalidArgument for a scale that is not positive, another number of them, or a zero point
+  /// that is no code.
+  void assign_static(const ConstMatrixRef& x, const StaticGrid& grid, ThreadPool* pool = nullptr,
+                     const detail::KernelTable& kernels = detail::kernels()) {
     const auto inputs = static_cast<std::size_t>(x.rows());
-    check_static(inputs, scales, count, group_size);
-    const std::size_t groups = count;
+    check_static(inputs, grid);
+    const float* const scales = grid.scales;
+    const std::size_t groups = grid.count;
+    const std::size_t group_size = grid.group_size;
+    const std::int32_t lowest = -(std::int32_t{1} << (grid.bits - 1));
     const detail::FpEnvironment environment;
-    resize(x.rows(), x.cols(), true, group_size);
+    resize(x.rows(), x.cols(), grid.symmetric, group_size);
     const std::size_t x_stride = static_cast<std::size_t>(x.outerStride());
     const std::size_t length = group_size == 0 ? inputs : group_size;
     detail::for_tasks(pool, detail::ceil_div(view_.tokens, rows_a_task), [&](std::size_t t, std::size_t) {
@@ -115,17 +146,18 @@ class QuantizedActivations {
         const float* token = x.data() + r * x_stride;
         std::int8_t* codes = codes_ + r * view_.stride;
         std::memset(codes, 0, view_.stride);
-        zeros_[r] = 0.0F;
-        integer_zeros_[r] = 0;
         const bool finite = inputs == 0 || kernels.line_range(token, inputs).finite;
+        integer_zeros_[r] = finite ? grid.zero_point : 0;
+        zeros_[r] = static_cast<float>(integer_zeros_[r]);
         for (std::size_t g = 0; g < groups; ++g) {
           scales_[r * groups + g] = finite ? scales[g] : std::numeric_limits<float>::quiet_NaN();
           detail::QuantizeLineArgs line;
           line.x = token + g * length;
           line.n = std::min(length, inputs - g * length);
           line.scale = scales[g];
-          line.qmin = -127;
-          line.qmax = 127;
+          line.zero = grid.zero_point;
+          line.qmin = grid.symmetric ? lowest + 1 : lowest;
+          line.qmax = -1 - lowest;
           line.q = codes + g * length;
           if (finite && line.n != 0) kernels.quantize_line(line);
         }
@@ -144,6 +176,25 @@ class QuantizedActivations {
     for (std::size_t g = 0; g < count; ++g)
       detail::require(scales[g] > 0.0F && detail::scalar::is_finite(scales[g]), "static scales[", g, "] is ",
                       scales[g], ", expected a positive number");
+  }
+
+  /// The same for a grid.
+  static void check_static(std::size_t inputs, const StaticGrid& grid) {
+    check_bits(grid.bits);
+    check_static(inputs, grid.scales, grid.count, grid.group_size);
+    const std::int32_t h = std::int32_t{1} << (grid.bits - 1);
+    detail::require(!grid.symmetric || grid.zero_point == 0, "symmetric activations have the zero point ",
+                    grid.zero_point, ", expected 0");
+    detail::require(grid.zero_point >= -h && grid.zero_point < h, "activation zero_point is ", grid.zero_point,
+                    ", expected ", -h, " to ", h - 1);
+    detail::require(grid.symmetric || grid.group_size == 0,
+                    "activations with a zero point have one scale for all inputs, not one for each ",
+                    grid.group_size);
+  }
+
+  /// Throws InvalidArgument for a number of bits that codes of activations cannot have.
+  static void check_bits(unsigned bits) {
+    detail::require(bits >= 2 && bits <= 8, "activation bits are ", bits, ", expected 2 to 8");
   }
 
   /// Takes codes that a layer before has made: real = scale * (code - zero_point), one scale for all tokens.
@@ -186,7 +237,7 @@ class QuantizedActivations {
   static constexpr std::size_t rows_a_task = 16;
 
   /// A token's groups are rows to the kernel: full ones at once, the shorter last one after.
-  void quantize_groups(const detail::KernelTable& kernels, const float* x, std::size_t token) {
+  void quantize_groups(const detail::KernelTable& kernels, const float* x, std::size_t token, unsigned bits) {
     std::int8_t* codes = codes_ + token * view_.stride;
     const std::size_t full = view_.inputs / view_.group_size;
     const std::size_t rest = view_.inputs % view_.group_size;
@@ -195,6 +246,7 @@ class QuantizedActivations {
     args.x_stride = view_.group_size;
     args.rows = full;
     args.k = view_.group_size;
+    args.bits = bits;
     args.q = codes;
     args.q_stride = view_.group_size;
     args.scales = scales_ + token * view_.groups;

@@ -23,9 +23,11 @@ namespace nibble {
 inline namespace NIBBLE_ABI {
 
 /// How a product runs. The defaults: serial, on the best ISA, scratch from a workspace of the calling thread.
-/// Whatever is chosen here but `activations`, the results are the same bits.
+/// Whatever is chosen here but `activations` and their bits, the results are the same bits.
 struct MatmulOptions {
   Activations activations = Activations::automatic;
+  unsigned activation_bits =
+      8;  ///< of INT8 activations that are quantized inside: 2 to 8, see QuantizedActivations
   Epilogue epilogue = {};
   ThreadPool* pool = nullptr;      ///< nullptr: the calling thread alone
   Workspace* workspace = nullptr;  ///< nullptr: one that the calling thread keeps
@@ -173,7 +175,8 @@ void matmul(const PackedMatrix& w, const Eigen::MatrixBase<Derived>& x_in, Matri
   if (y.size() == 0) return;
   if (kind != Activations::fp32 && kind != Activations::bf16) {
     QuantizedActivations& quantized = detail::thread_activations();
-    quantized.assign(x, kind, options.pool, activation_group(w), detail::kernels_of(options));
+    quantized.assign(x, kind, options.pool, activation_group(w), options.activation_bits,
+                     detail::kernels_of(options));
     detail::check_int(w, quantized);
     detail::run_int(w, quantized, detail::float_output(y), options);
     return;
@@ -296,6 +299,7 @@ inline void matmul_batched(const BatchedProduct* products, std::size_t count, co
   detail::for_tasks(options.pool, count, [&](std::size_t i, std::size_t) {
     MatmulOptions serial;
     serial.activations = options.activations;
+    serial.activation_bits = options.activation_bits;
     serial.isa = options.isa;
     serial.epilogue = products[i].epilogue;
     if (options.pool == nullptr) serial.workspace = options.workspace;

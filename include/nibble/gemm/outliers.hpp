@@ -96,7 +96,7 @@ class OutlierActivations {
       find(t, token, k, k, range.max >= limits_[0] || -range.min >= limits_[0], options.columns);
     }
     end(k);
-    codes_.assign(without_outliers(x), options.activations, pool, options.group_size, kernels);
+    codes_.assign(without_outliers(x), options.activations, pool, options.group_size, 8, kernels);
   }
 
   /// Divides x where each `group_size` inputs have a fixed scale, as QuantizedActivations::assign_static(): what lies

@@ -218,11 +218,11 @@ struct DenseGemvArgs {
 /// The same of a matrix whose k inputs are contiguous (row-major A): a[i * lda + k].
 struct RowsGemvArgs : DenseGemvArgs {};
 
-/// Quantizes rows of floats to int8, one scale a row.
-/// symmetric: scale = max(absmax / 127, FLT_MIN), 1 for a row of zeros; q = rne(x / scale), within +-127; zero = 0.
-/// asymmetric: lo = min(0, min x), hi = max(0, max x), scale = max((hi - lo) / 255, FLT_MIN) with the difference taken as
-///   hi / 255 - lo / 255, 1 for a row of zeros; zero = clamp(rne(-128 - lo / scale), -128, 127);
-///   q = clamp(rne(x / scale) + zero, -128, 127), clamped in float before the conversion.
+/// Quantizes rows of floats to int8 codes of b = `bits` bits, one scale a row. With h = 2^(b - 1), 128 for 8 bits:
+/// symmetric: scale = max(absmax / (h - 1), FLT_MIN), 1 for a row of zeros; q = rne(x / scale), within +-(h - 1); zero = 0.
+/// asymmetric: lo = min(0, min x), hi = max(0, max x), steps = 2h - 1, scale = max((hi - lo) / steps, FLT_MIN) with the
+///   difference taken as hi / steps - lo / steps, 1 for a row of zeros; zero = clamp(rne(-h - lo / scale), -h, h - 1);
+///   q = clamp(rne(x / scale) + zero, -h, h - 1), clamped in float before the conversion.
 /// A row that holds NaN or Inf gets scale NaN, zero 0 and codes 0.
 /// Bytes from k up to q_stride are set to 0.
 struct QuantizeRowsArgs {
@@ -231,6 +231,7 @@ struct QuantizeRowsArgs {
   std::size_t rows = 0;
   std::size_t k = 0;
   bool symmetric = true;
+  unsigned bits = 8;              // 2 to 8: codes of fewer lie within the same bytes
   std::int8_t* q = nullptr;       // [rows][q_stride]
   std::size_t q_stride = 0;       // bytes; at least k
   float* scales = nullptr;        // [rows]

@@ -80,6 +80,9 @@ inline void block_sums(const std::int8_t* q, std::size_t n, std::int32_t* out) n
 }
 
 inline void quantize_rows(const QuantizeRowsArgs& a) noexcept {
+  const std::int32_t qmin = -(std::int32_t{1} << (a.bits - 1));
+  const std::int32_t qmax = -qmin - 1;
+  const float steps = static_cast<float>(qmax - qmin);
   for (std::size_t r = 0; r < a.rows; ++r) {
     const float* x = a.x + r * a.x_stride;
     std::int8_t* q = a.q + r * a.q_stride;
@@ -91,19 +94,19 @@ inline void quantize_rows(const QuantizeRowsArgs& a) noexcept {
       scale = std::numeric_limits<float>::quiet_NaN();
     } else if (a.symmetric) {
       const float absmax = -range.min > range.max ? -range.min : range.max;
-      if (absmax > 0.0F) scale = rounded(absmax / 127.0F);
+      if (absmax > 0.0F) scale = rounded(absmax / static_cast<float>(qmax));
       if (scale < std::numeric_limits<float>::min()) scale = std::numeric_limits<float>::min();
       for (std::size_t k = 0; k < a.k; ++k)
-        q[k] = static_cast<std::int8_t>(to_code(rounded(x[k] / scale), 0, -127, 127));
+        q[k] = static_cast<std::int8_t>(to_code(rounded(x[k] / scale), 0, -qmax, qmax));
     } else {
       const float lo = range.min < 0.0F ? range.min : 0.0F;
       const float hi = range.max > 0.0F ? range.max : 0.0F;
-      if (lo < 0.0F || hi > 0.0F) scale = rounded(rounded(hi / 255.0F) - rounded(lo / 255.0F));
+      if (lo < 0.0F || hi > 0.0F) scale = rounded(rounded(hi / steps) - rounded(lo / steps));
       if (scale < std::numeric_limits<float>::min()) scale = std::numeric_limits<float>::min();
-      // rne(-128 - lo / scale): the difference is rounded to float before it is rounded to an integer.
-      zero = to_code(rounded(-128.0F - rounded(lo / scale)), 0, -128, 127);
+      // rne(qmin - lo / scale): the difference is rounded to float before it is rounded to an integer.
+      zero = to_code(rounded(static_cast<float>(qmin) - rounded(lo / scale)), 0, qmin, qmax);
       for (std::size_t k = 0; k < a.k; ++k)
-        q[k] = static_cast<std::int8_t>(to_code(rounded(x[k] / scale), zero, -128, 127));
+        q[k] = static_cast<std::int8_t>(to_code(rounded(x[k] / scale), zero, qmin, qmax));
     }
     a.scales[r] = scale;
     if (a.zeros != nullptr) a.zeros[r] = zero;
