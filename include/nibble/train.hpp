@@ -3,6 +3,8 @@
 
 #include "nibble/train/attention.hpp"
 #include "nibble/train/linear.hpp"
+#include "nibble/train/linear_layer.hpp"
 #include "nibble/train/options.hpp"
+#include "nibble/train/parameters.hpp"
 #include "nibble/train/rms_norm.hpp"
 #include "nibble/train/swiglu.hpp"

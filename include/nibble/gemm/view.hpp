@@ -16,6 +16,11 @@ using MatrixRef = Eigen::Ref<Eigen::MatrixXf, 0, Eigen::OuterStride<>>;
 /// The same, to be read. Anything else than column-major float memory is copied first.
 using ConstMatrixRef = Eigen::Ref<const Eigen::MatrixXf, 0, Eigen::OuterStride<>>;
 
+/// Weights with the inputs of an output side by side, N x K.
+using RowMajorMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+/// Such a matrix or a block of one, to be written.
+using RowMajorRef = Eigen::Ref<RowMajorMatrix, 0, Eigen::OuterStride<>>;
+
 /// A column-major matrix of int8 codes or int32 accumulators.
 using Int8Matrix = Eigen::Matrix<std::int8_t, Eigen::Dynamic, Eigen::Dynamic>;
 using Int32Matrix = Eigen::Matrix<std::int32_t, Eigen::Dynamic, Eigen::Dynamic>;

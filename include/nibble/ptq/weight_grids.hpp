@@ -20,6 +20,7 @@
 #include "nibble/formats/bit_stream.hpp"
 #include "nibble/formats/float_bits.hpp"
 #include "nibble/formats/int4.hpp"
+#include "nibble/gemm/view.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/range.hpp"
@@ -30,8 +31,6 @@ inline namespace NIBBLE_ABI {
 
 /// Codes of a matrix as they are stored, one a byte: int8 -128..127, the others from 0 up.
 using CodeMatrix = Eigen::Matrix<std::int8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-/// Weights with the inputs of an output side by side, N x K.
-using RowMajorMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 /// Row-major floats to read; anything else (a MatrixXf, an expression) is copied first.
 using ConstWeightsRef = Eigen::Ref<const RowMajorMatrix, 0, Eigen::OuterStride<>>;
 

@@ -10,10 +10,6 @@
 namespace nibble {
 inline namespace NIBBLE_ABI {
 
-/// A row-major float matrix or a block of one, to be written: where gradients of row-major weights go.
-using RowMajorRef =
-    Eigen::Ref<Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0, Eigen::OuterStride<>>;
-
 /// Whether a gradient replaces what is there or is added to it.
 enum class Gradient : bool { set, add };
 
