@@ -5,6 +5,7 @@
 #include "nibble/train/linear.hpp"
 #include "nibble/train/linear_layer.hpp"
 #include "nibble/train/loftq.hpp"
+#include "nibble/train/lora.hpp"
 #include "nibble/train/low_rank.hpp"
 #include "nibble/train/merge.hpp"
 #include "nibble/train/options.hpp"

@@ -59,6 +59,16 @@ class Epilogue {
   /// The tanh form of GELU (Hendrycks and Gimpel 2016, equation 2).
   Epilogue& gelu() { return push(detail::EpilogueOpKind::gelu, nullptr, 0, 0, 0); }
 
+  /// Appends another chain's steps.
+  Epilogue& append(const Epilogue& other) {
+    const std::size_t n = other.count_;
+    for (std::size_t i = 0; i < n; ++i) {
+      const Step s = other.steps_[i];
+      push(s.op.kind, s.op.data, s.op.stride, s.rows, s.cols, s.name);
+    }
+    return *this;
+  }
+
   std::size_t steps() const noexcept { return count_; }
 
   /// Throws InvalidArgument unless every step fits outputs of n channels by m tokens.
