@@ -2,6 +2,9 @@
 #pragma once
 
 #include "nibble/train/attention.hpp"
+#include "nibble/train/cross_entropy.hpp"
+#include "nibble/train/dropout.hpp"
+#include "nibble/train/embedding.hpp"
 #include "nibble/train/linear.hpp"
 #include "nibble/train/linear_layer.hpp"
 #include "nibble/train/loftq.hpp"

@@ -20,6 +20,8 @@ using ConstMatrixRef = Eigen::Ref<const Eigen::MatrixXf, 0, Eigen::OuterStride<>
 using RowMajorMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 /// Such a matrix or a block of one, to be written.
 using RowMajorRef = Eigen::Ref<RowMajorMatrix, 0, Eigen::OuterStride<>>;
+/// The same, to be read; anything else (a MatrixXf, an expression) is copied first.
+using ConstWeightsRef = Eigen::Ref<const RowMajorMatrix, 0, Eigen::OuterStride<>>;
 
 /// A column-major matrix of int8 codes or int32 accumulators.
 using Int8Matrix = Eigen::Matrix<std::int8_t, Eigen::Dynamic, Eigen::Dynamic>;

@@ -31,8 +31,6 @@ inline namespace NIBBLE_ABI {
 
 /// Codes of a matrix as they are stored, one a byte: int8 -128..127, the others from 0 up.
 using CodeMatrix = Eigen::Matrix<std::int8_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-/// Row-major floats to read; anything else (a MatrixXf, an expression) is copied first.
-using ConstWeightsRef = Eigen::Ref<const RowMajorMatrix, 0, Eigen::OuterStride<>>;
 
 namespace detail {
 
