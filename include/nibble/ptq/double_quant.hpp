@@ -22,6 +22,7 @@
 #include "nibble/core/buffer.hpp"
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/formats/dynamic_map.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/range.hpp"
@@ -40,27 +41,6 @@ constexpr std::string_view name_of(ScaleMap map) noexcept {
 }
 
 namespace detail {
-
-/// The signed dynamic map of 7 exponents: for e = 0..6 the interval (0.1, 1) * 10^(e - 6) is cut into 2^e parts, whose
-/// middles are its values, of either sign; and 0, and 1. Source: Dettmers 2016, "8-bit approximations for parallelism in
-/// deep learning", as bitsandbytes' create_dynamic_map has it. In double, rounded once.
-constexpr std::array<float, 256> make_dynamic_map() noexcept {
-  constexpr double decades[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
-  std::array<float, 256> map{};
-  std::size_t at = 128;  // the first above 0
-  for (int e = 0; e < 7; ++e) {
-    const int parts = 1 << e;
-    for (int i = 0; i < parts; ++i) {
-      const double middle = 0.1 + 0.9 * (2 * i + 1) / (2 * parts);
-      map[at] = static_cast<float>(decades[e] * middle);
-      map[254 - at] = -map[at];
-      ++at;
-    }
-  }
-  map[127] = 0.0F;
-  map[255] = 1.0F;
-  return map;
-}
 
 constexpr std::array<float, 256> make_linear_map() noexcept {
   std::array<float, 256> map{};
@@ -103,21 +83,6 @@ struct DoubleQuantizedScales {
     return scales;
   }
 };
-
-namespace detail {
-
-/// The nearest of 256 ascending values; a tie takes the lower.
-inline std::uint8_t nearest_in_map(const std::array<float, 256>& map, float x) noexcept {
-  const auto above = std::lower_bound(map.begin(), map.end(), x);
-  if (above == map.begin()) return 0;
-  const auto i = static_cast<std::size_t>(above - map.begin());
-  if (above == map.end()) return 255;
-  const double up = static_cast<double>(map[i]) - static_cast<double>(x);
-  const double down = static_cast<double>(x) - static_cast<double>(map[i - 1]);
-  return static_cast<std::uint8_t>(down <= up ? i - 1 : i);
-}
-
-}  // namespace detail
 
 /// Quantizes scales. `used` says which of them matter (those of groups of zeros do not, and would spoil their block); empty:
 /// all. What is not used decodes to about the mean. A positive scale decodes to a positive one: where the nearest
