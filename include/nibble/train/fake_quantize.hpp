@@ -113,8 +113,8 @@ class FakeQuantize {
     }
     require_ranges();
     const auto input = make_input(detail::Front{}, x.derived());
-    detail::fake_quantize_view(input.view(), scheme_, ranges_, decltype(kind_of(detail::Front{}, out))::output(out),
-                               options.pool);
+    detail::fake_quantize_view(input.view(), scheme_, ranges_,
+                               decltype(kind_of(detail::Front{}, out))::output(out), options.pool);
   }
 
   /// dx = dy, 0 where the last forward() clipped this x; dy itself where fake quantization is disabled.

@@ -27,6 +27,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -271,8 +272,8 @@ class LearnedWeightGrids {
       float* out = dw.data() + r * static_cast<std::size_t>(dw.outerStride());
       for (std::size_t g = 0; g < groups_; ++g) {
         const std::size_t begin = g * group_, n = std::min(group_, cols_ - begin);
-        detail::lsq_backward(lsq_grid(one ? 0 : r * groups_ + g), values + begin, gradients + begin, n, out + begin,
-                             Gradient::add, sums[r * groups_ + g]);
+        detail::lsq_backward(lsq_grid(one ? 0 : r * groups_ + g), values + begin, gradients + begin, n,
+                             out + begin, Gradient::add, sums[r * groups_ + g]);
       }
     });
     if (frozen_) return;
@@ -299,12 +300,12 @@ class LearnedWeightGrids {
                            static_cast<double>(detail::lsq_levels(layout_.scheme)));
   }
 
-  /// "PREFIX.log_scale", and "PREFIX.centre" where there is an offset; neither decays. `rate`: of the scales.
+  /// `prefix` + "log_scale", and + "centre" where there is an offset; neither decays. `rate`: of the scales.
   void append_parameters(const std::string& prefix, Parameters& out, float rate = 1.0F) {
-    out.push_back({prefix + ".log_scale", log_scale_.data(), log_scale_gradient_.data(), log_scale_.size(), false,
-                   rate});
+    out.push_back(
+        {prefix + "log_scale", log_scale_.data(), log_scale_gradient_.data(), log_scale_.size(), false, rate});
     if (has_centre())
-      out.push_back({prefix + ".centre", centre_.data(), centre_gradient_.data(), centre_.size(), false, rate});
+      out.push_back({prefix + "centre", centre_.data(), centre_gradient_.data(), centre_.size(), false, rate});
   }
 
  private:
@@ -441,15 +442,15 @@ class LearnedActivations {
       const detail::CodeRange codes = detail::code_range(scheme);
       const auto steps = [](const auto& low, const auto& high) { return static_cast<float>(high - low); };
       const float ratio = steps(codes.min, codes.max) / steps(lowest_, highest_);
-      float centre = symmetric() ? 0.0F
-                                 : grid.scale * (0.5F * static_cast<float>(codes.min + codes.max) -
-                                                 static_cast<float>(grid.zero));
+      float centre =
+          symmetric()
+              ? 0.0F
+              : grid.scale * (0.5F * static_cast<float>(codes.min + codes.max) - static_cast<float>(grid.zero));
       float scale = grid.scale * ratio;
       if (options_.start == GridStart::lsq && options_.kind != LearnedActivationOptions::Kind::pact) {
         const float wanted =
             detail::lsq_start(scheme, values.data(), static_cast<std::size_t>(values.size()), centre).scale;
-        if (wanted > 0.0F)
-          scale = wanted * std::sqrt(detail::lsq_levels(scheme) / static_cast<float>(highest_));
+        if (wanted > 0.0F) scale = wanted * std::sqrt(detail::lsq_levels(scheme) / static_cast<float>(highest_));
       }
       log_scale_[g] = detail::learned_log(scale);
       centre_ = centre;
@@ -529,7 +530,8 @@ class LearnedActivations {
         all.centre += sums[task * groups + g].centre;
       }
       const double factor = gradient_scale(g);
-      log_scale_gradient_[g] += static_cast<float>(factor * all.scale * static_cast<double>(pact ? alpha() : scales_[g]));
+      log_scale_gradient_[g] +=
+          static_cast<float>(factor * all.scale * static_cast<double>(pact ? alpha() : scales_[g]));
       if (options_.kind == LearnedActivationOptions::Kind::lsq_plus)
         centre_gradient_ += static_cast<float>(factor * all.centre);
     }
@@ -545,12 +547,12 @@ class LearnedActivations {
     return 1.0 / std::sqrt(static_cast<double>(n) * static_cast<double>(highest_));
   }
 
-  /// "PREFIX.log_scale" (PACT: of alpha but for a constant), and "PREFIX.centre" for lsq_plus; neither decays.
+  /// `prefix` + "log_scale" (PACT: of alpha but for a constant), and + "centre" for lsq_plus; neither decays.
   void append_parameters(const std::string& prefix, Parameters& out, float rate = 1.0F) {
-    out.push_back({prefix + ".log_scale", log_scale_.data(), log_scale_gradient_.data(), log_scale_.size(), false,
-                   rate});
+    out.push_back(
+        {prefix + "log_scale", log_scale_.data(), log_scale_gradient_.data(), log_scale_.size(), false, rate});
     if (options_.kind == LearnedActivationOptions::Kind::lsq_plus)
-      out.push_back({prefix + ".centre", &centre_, &centre_gradient_, 1, false, rate});
+      out.push_back({prefix + "centre", &centre_, &centre_gradient_, 1, false, rate});
   }
 
  private:
@@ -565,7 +567,8 @@ class LearnedActivations {
     }
   }
   void check_inputs(const ConstMatrixRef& x) const {
-    detail::require(static_cast<std::size_t>(x.rows()) == inputs_, "x has ", x.rows(), " rows, expected ", inputs_);
+    detail::require(static_cast<std::size_t>(x.rows()) == inputs_, "x has ", x.rows(), " rows, expected ",
+                    inputs_);
   }
   void keep() {
     kept_log_scale_ = log_scale_;
