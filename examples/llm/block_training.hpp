@@ -1,10 +1,12 @@
-// One block forward and backward: the gradients of its weights for a loss on its output.
+// One block forward and backward, whatever its linear layers are: the gradients of its weights for a loss on its output.
 #pragma once
 
 #include <Eigen/Core>
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <string>
 
 #include "block.hpp"
 #include "nibble/gemm/dense.hpp"
@@ -13,6 +15,7 @@
 #include "nibble/nn/rope.hpp"
 #include "nibble/train/attention.hpp"
 #include "nibble/train/linear.hpp"
+#include "nibble/train/linear_layer.hpp"
 #include "nibble/train/rms_norm.hpp"
 #include "nibble/train/swiglu.hpp"
 
@@ -26,6 +29,34 @@ struct BlockGradients {
 
   WeightMatrix& operator[](BlockMatrix m) { return matrices[static_cast<std::size_t>(m)]; }
   const WeightMatrix& operator[](BlockMatrix m) const { return matrices[static_cast<std::size_t>(m)]; }
+};
+
+/// A norm's weights, dim floats, and where their gradients are added; nullptr: nobody asks.
+struct NormLayer {
+  const Eigen::VectorXf* weight = nullptr;
+  Eigen::VectorXf* gradient = nullptr;
+};
+
+/// What a block is made of in training; the layers are somebody else's.
+struct BlockLayers {
+  std::array<nibble::LinearLayer*, 7> matrices{};
+  NormLayer attention_norm;
+  NormLayer ffn_norm;
+
+  nibble::LinearLayer& operator[](BlockMatrix m) const { return *matrices[static_cast<std::size_t>(m)]; }
+};
+
+/// What backward() needs of forward(): a column a token.
+struct BlockActivations {
+  Eigen::MatrixXf attention_norm, query, key, value, attended, hidden, ffn_norm, gate, up, gated;
+};
+
+/// Dropout of what a block adds to the residual stream (Vaswani 2017, section 5.4): which elements go depends on the seed
+/// (of the step and the layer), the branch and the place in the step's batch, on nothing else.
+struct ResidualDropout {
+  float rate = 0.0F;
+  std::uint64_t seed = 0;
+  std::size_t first_column = 0;  // of these tokens, in the batch of the step
 };
 
 /// Runs blocks of one model forward and backward. Hidden states are as BlockRunner's; results have the same bits for any
@@ -43,112 +74,214 @@ class BlockTrainer {
     shape_.head_size = h.head_size;
     shape_.window = options.window;
   }
+  BlockTrainer(const BlockTrainer&) = delete;
+  BlockTrainer& operator=(const BlockTrainer&) = delete;
 
   const Hparams& hparams() const { return h_; }
   const BlockOptions& options() const { return options_; }
+  const nibble::TrainOptions& train_options() const { return train_; }
 
   /// How linear layers are multiplied from now on: fp32, or bf16 (see TrainOptions).
   void set_products(nibble::Activations products) { train_.products = products; }
 
-  /// y = block(x), dim x T; valid until the next call. x must live until backward().
-  const Matrix& forward(const FloatBlock& block, const Matrix& x) {
-    check(block, h_);
+  /// y = block(x), dim x T; y may be x only where backward() is not called. `a` is filled for it.
+  void forward(const BlockLayers& block, const Matrix& x, BlockActivations& a, Matrix& y,
+               const ResidualDropout& dropout = {}) {
     nibble::detail::require(static_cast<std::size_t>(x.rows()) == h_.dim, "hidden states have ", x.rows(),
                             " rows, expected ", h_.dim);
-    norm(x, block.attention_norm, attention_norm_);
-    multiply(block[BlockMatrix::query], attention_norm_, query_);
-    multiply(block[BlockMatrix::key], attention_norm_, key_);
-    multiply(block[BlockMatrix::value], attention_norm_, value_);
+    norm(x, *block.attention_norm.weight, a.attention_norm);
+    multiply(block[BlockMatrix::query], a.attention_norm, a.query);
+    multiply(block[BlockMatrix::key], a.attention_norm, a.key);
+    multiply(block[BlockMatrix::value], a.attention_norm, a.value);
     const float scale = 1.0F / std::sqrt(static_cast<float>(h_.head_size));
-    turn([&](std::size_t position, Eigen::Index t) {
-      rope_.apply(query_.col(t).data(), h_.heads, h_.head_size, position, scale);
-      rope_.apply(key_.col(t).data(), h_.kv_heads, h_.head_size, position);
+    turn(x.cols(), [&](std::size_t position, Eigen::Index t) {
+      rope_.apply(a.query.col(t).data(), h_.heads, h_.head_size, position, scale);
+      rope_.apply(a.key.col(t).data(), h_.kv_heads, h_.head_size, position);
     });
-    attended_.resize(query_.rows(), x.cols());
-    nibble::causal_attention(shape_, query_, key_, value_, attended_, train_);
-    multiply(block[BlockMatrix::output], attended_, hidden_, nibble::Epilogue().add(x));
-    norm(hidden_, block.ffn_norm, ffn_norm_);
-    multiply(block[BlockMatrix::gate], ffn_norm_, gate_);
-    multiply(block[BlockMatrix::up], ffn_norm_, up_);
-    gated_.resize(gate_.rows(), gate_.cols());
+    a.attended.resize(a.query.rows(), x.cols());
+    nibble::causal_attention(shape_, a.query, a.key, a.value, a.attended, train_);
+    add_branch(block[BlockMatrix::output], a.attended, x, a.hidden, dropout, 0);
+    norm(a.hidden, *block.ffn_norm.weight, a.ffn_norm);
+    multiply(block[BlockMatrix::gate], a.ffn_norm, a.gate);
+    multiply(block[BlockMatrix::up], a.ffn_norm, a.up);
+    a.gated.resize(a.gate.rows(), a.gate.cols());
     nibble::detail::for_chunks(options_.pool, x.cols(), [&](Eigen::Index t, Eigen::Index n, std::size_t) {
-      gated_.middleCols(t, n) = gate_.middleCols(t, n);
-      nibble::silu_multiply(gated_.middleCols(t, n), up_.middleCols(t, n));
+      a.gated.middleCols(t, n) = a.gate.middleCols(t, n);
+      nibble::silu_multiply(a.gated.middleCols(t, n), a.up.middleCols(t, n));
     });
-    multiply(block[BlockMatrix::down], gated_, output_, nibble::Epilogue().add(hidden_));
+    add_branch(block[BlockMatrix::down], a.gated, a.hidden, y, dropout, 1);
+  }
+
+  /// Gradients of a loss whose gradient with respect to the output of forward(block, x, a, y, dropout) is dy: added to
+  /// those of the layers.
+  /// @param dx      set to the gradient with respect to x; nullptr: not asked for, nor are those of attention_norm
+  /// @param deeper  false: those of query, key and value are not asked for either
+  void backward(const BlockLayers& block, const Matrix& x, const BlockActivations& a, const Matrix& dy, Matrix* dx,
+                const ResidualDropout& dropout = {}, bool deeper = true) {
+    nibble::detail::require_shape(x, a.hidden.rows(), a.hidden.cols(), "x");
+    nibble::detail::require_shape(dy, a.hidden.rows(), a.hidden.cols(), "dy");
+    constexpr nibble::Gradient set = nibble::Gradient::set, add = nibble::Gradient::add;
+
+    backward(block[BlockMatrix::down], a.gated, branch(dy, dropout, 1), &dgate_, set);
+    dup_.resize(dgate_.rows(), dgate_.cols());
+    nibble::silu_multiply_backward(a.gate, a.up, dgate_, dgate_, dup_, train_);
+    backward(block[BlockMatrix::gate], a.ffn_norm, dgate_, &dhidden_, set);
+    backward(block[BlockMatrix::up], a.ffn_norm, dup_, &dhidden_, add);
+    norm_backward(block.ffn_norm, a.hidden, dhidden_, dy);
+
+    backward(block[BlockMatrix::output], a.attended, branch(dhidden_, dropout, 0), deeper ? &dattended_ : nullptr,
+             set);
+    if (!deeper) return;
+    dquery_.resize(a.query.rows(), a.query.cols());
+    dkey_.resize(a.key.rows(), a.key.cols());
+    dvalue_.resize(a.value.rows(), a.value.cols());
+    nibble::causal_attention_backward(shape_, a.query, a.key, a.value, dattended_, dquery_, dkey_, dvalue_, train_);
+    const float scale = 1.0F / std::sqrt(static_cast<float>(h_.head_size));
+    turn(x.cols(), [&](std::size_t position, Eigen::Index t) {
+      rope_.apply_inverse(dquery_.col(t).data(), h_.heads, h_.head_size, position, scale);
+      rope_.apply_inverse(dkey_.col(t).data(), h_.kv_heads, h_.head_size, position);
+    });
+    backward(block[BlockMatrix::query], a.attention_norm, dquery_, dx, set);
+    backward(block[BlockMatrix::key], a.attention_norm, dkey_, dx, add);
+    backward(block[BlockMatrix::value], a.attention_norm, dvalue_, dx, add);
+    if (dx != nullptr) norm_backward(block.attention_norm, x, *dx, dhidden_);
+  }
+
+  /// The same for plain matrices. y is valid until the next call, and x must live until backward().
+  const Matrix& forward(const FloatBlock& block, const Matrix& x) {
+    check(block, h_);
+    Borrowed layers(block, nullptr, {});
+    forward(layers.block, x, own_, output_);
     return output_;
   }
 
-  /// Gradients of a loss whose gradient with respect to the output of the last forward(block, x) is dy.
+  /// Sets gradients of a loss whose gradient with respect to the output of the last forward(block, x) is dy.
   /// @param wanted  matrices whose gradients are computed; the others of `out` stay as they are
   /// @param dx      the gradient with respect to x and, with it, those of the norms; nullptr: not asked for
   void backward(const FloatBlock& block, const Matrix& x, const Matrix& dy, BlockGradients& out,
                 const std::array<bool, 7>& wanted, Matrix* dx = nullptr) {
-    nibble::detail::require_shape(x, hidden_.rows(), hidden_.cols(), "x");
-    nibble::detail::require_shape(dy, hidden_.rows(), hidden_.cols(), "dy");
-    const auto weight = [&](BlockMatrix m, const Matrix& d, const Matrix& input) {
-      if (!wanted[static_cast<std::size_t>(m)]) return;
-      out[m].resize(d.rows(), input.rows());
-      nibble::linear_backward_weight(d, input, nibble::RowMajorRef(out[m]), train_);
-    };
-    const auto input = [&](BlockMatrix m, const Matrix& d, Matrix& to, nibble::Gradient how) {
-      to.resize(block[m].cols(), d.cols());
-      nibble::linear_backward_input(block[m], d, to, train_, how);
-    };
-    constexpr nibble::Gradient set = nibble::Gradient::set, add = nibble::Gradient::add;
+    Borrowed layers(block, &out, wanted);
+    if (dx != nullptr) {
+      const auto dim = static_cast<Eigen::Index>(h_.dim);
+      out.attention_norm = Eigen::VectorXf::Zero(dim);
+      out.ffn_norm = Eigen::VectorXf::Zero(dim);
+      layers.block.attention_norm.gradient = &out.attention_norm;
+      layers.block.ffn_norm.gradient = &out.ffn_norm;
+    }
+    backward(layers.block, x, own_, dy, dx, {}, dx != nullptr || wanted[0] || wanted[1] || wanted[2]);
+  }
 
-    weight(BlockMatrix::down, dy, gated_);
-    input(BlockMatrix::down, dy, dgate_, set);
-    dup_.resize(dgate_.rows(), dgate_.cols());
-    nibble::silu_multiply_backward(gate_, up_, dgate_, dgate_, dup_, train_);
-    weight(BlockMatrix::gate, dgate_, ffn_norm_);
-    weight(BlockMatrix::up, dup_, ffn_norm_);
-    input(BlockMatrix::gate, dgate_, dhidden_, set);
-    input(BlockMatrix::up, dup_, dhidden_, add);
-    const nibble::ConstMatrixRef residual(dy);
-    nibble::rms_norm_backward(hidden_, block.ffn_norm, h_.rms_epsilon, dhidden_, dhidden_,
-                              dx != nullptr ? &out.ffn_norm : nullptr, &residual, train_);
-
-    weight(BlockMatrix::output, dhidden_, attended_);
-    const bool deeper = dx != nullptr || wanted[0] || wanted[1] || wanted[2];
-    if (!deeper) return;
-    input(BlockMatrix::output, dhidden_, dattended_, set);
-    dquery_.resize(query_.rows(), query_.cols());
-    dkey_.resize(key_.rows(), key_.cols());
-    dvalue_.resize(value_.rows(), value_.cols());
-    nibble::causal_attention_backward(shape_, query_, key_, value_, dattended_, dquery_, dkey_, dvalue_, train_);
-    const float scale = 1.0F / std::sqrt(static_cast<float>(h_.head_size));
-    turn([&](std::size_t position, Eigen::Index t) {
-      rope_.apply_inverse(dquery_.col(t).data(), h_.heads, h_.head_size, position, scale);
-      rope_.apply_inverse(dkey_.col(t).data(), h_.kv_heads, h_.head_size, position);
+  /// out = base + dropped(branch), or without base dropped(branch): an element goes with probability `rate`, what stays is
+  /// divided by 1 - rate. out may be either.
+  void drop(const Matrix& values, const Matrix* base, Matrix& out, const ResidualDropout& dropout,
+            std::uint64_t which) const {
+    out.resize(values.rows(), values.cols());
+    const auto cut = static_cast<std::uint32_t>(std::lround(static_cast<double>(dropout.rate) * 65536.0));
+    const float keep[2] = {1.0F / (1.0F - dropout.rate), 0.0F};
+    const std::uint64_t key = mix(dropout.seed + 0x9E3779B97F4A7C15U * (which + 1));
+    nibble::detail::for_chunks(options_.pool, values.cols(), [&](Eigen::Index first, Eigen::Index n, std::size_t) {
+      const Eigen::Index rows = values.rows(), fours = (rows + 3) / 4;
+      for (Eigen::Index t = first; t < first + n; ++t) {
+        const float* from = values.col(t).data();
+        const float* plus = base == nullptr ? nullptr : base->col(t).data();
+        float* to = out.col(t).data();
+        const std::uint64_t counter =
+            (static_cast<std::uint64_t>(t) + dropout.first_column) * static_cast<std::uint64_t>(fours);
+        for (Eigen::Index i = 0; i < rows; i += 4) {
+          std::uint64_t bits = mix(key + 0x9E3779B97F4A7C15U * (counter + static_cast<std::uint64_t>(i / 4)));
+          for (Eigen::Index j = i; j < std::min(i + 4, rows); ++j, bits >>= 16) {
+            const float dropped = from[j] * keep[(bits & 0xFFFFU) < cut ? 1 : 0];
+            to[j] = plus == nullptr ? dropped : dropped + plus[j];
+          }
+        }
+      }
     });
-    weight(BlockMatrix::query, dquery_, attention_norm_);
-    weight(BlockMatrix::key, dkey_, attention_norm_);
-    weight(BlockMatrix::value, dvalue_, attention_norm_);
-    if (dx == nullptr) return;
-    input(BlockMatrix::query, dquery_, *dx, set);
-    input(BlockMatrix::key, dkey_, *dx, add);
-    input(BlockMatrix::value, dvalue_, *dx, add);
-    const nibble::ConstMatrixRef through(dhidden_);
-    nibble::rms_norm_backward(x, block.attention_norm, h_.rms_epsilon, *dx, *dx, &out.attention_norm, &through,
-                              train_);
   }
 
  private:
+  /// A matrix of a FloatBlock as a layer.
+  class BorrowedLinear : public nibble::LinearLayer {
+   public:
+    void assign(const WeightMatrix& w, WeightMatrix* gradient) { w_ = &w, gradient_ = gradient; }
+    Eigen::Index rows() const override { return w_->rows(); }
+    Eigen::Index cols() const override { return w_->cols(); }
+    void forward(const nibble::ConstMatrixRef& x, nibble::MatrixRef y, const nibble::TrainOptions& options,
+                 const nibble::Epilogue& epilogue) override {
+      nibble::gemm(*w_, x, y, nibble::detail::product_options(options, epilogue));
+    }
+    void backward(const nibble::ConstMatrixRef& x, const nibble::ConstMatrixRef& dy, nibble::MatrixRef* dx,
+                  nibble::Gradient how, const nibble::TrainOptions& options) override {
+      if (gradient_ != nullptr) {
+        gradient_->resize(w_->rows(), w_->cols());
+        nibble::linear_backward_weight(dy, x, nibble::RowMajorRef(*gradient_), options);
+      }
+      if (dx != nullptr) nibble::linear_backward_input(*w_, dy, *dx, options, how);
+    }
+    void append_parameters(const std::string&, nibble::Parameters&) override {}
+
+   private:
+    const WeightMatrix* w_ = nullptr;
+    WeightMatrix* gradient_ = nullptr;
+  };
+  struct Borrowed {
+    std::array<BorrowedLinear, 7> linears;
+    BlockLayers block;
+    Borrowed(const FloatBlock& b, BlockGradients* out, const std::array<bool, 7>& wanted) {
+      for (std::size_t m = 0; m < 7; ++m) {
+        linears[m].assign(b.matrices[m], out != nullptr && wanted[m] ? &out->matrices[m] : nullptr);
+        block.matrices[m] = &linears[m];
+      }
+      block.attention_norm.weight = &b.attention_norm;
+      block.ffn_norm.weight = &b.ffn_norm;
+    }
+  };
+
+  /// SplitMix64's output function (Steele 2014).
+  static std::uint64_t mix(std::uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
+    return z ^ (z >> 31);
+  }
+
   void norm(const Matrix& x, const Eigen::VectorXf& weight, Matrix& out) {
     out.resize(x.rows(), x.cols());
     nibble::detail::for_chunks(options_.pool, x.cols(), [&](Eigen::Index t, Eigen::Index n, std::size_t) {
       nibble::rms_norm(x.middleCols(t, n), weight, h_.rms_epsilon, out.middleCols(t, n));
     });
   }
-  void multiply(const WeightMatrix& w, const Matrix& x, Matrix& y, const nibble::Epilogue& epilogue = {}) {
+  /// d becomes the gradient with respect to the norm's input, and `through` on top.
+  void norm_backward(const NormLayer& layer, const Matrix& x, Matrix& d, const Matrix& through) {
+    const nibble::ConstMatrixRef add(through);
+    nibble::rms_norm_backward(x, *layer.weight, h_.rms_epsilon, d, d,
+                              layer.gradient != nullptr ? &dweight_ : nullptr, &add, train_);
+    if (layer.gradient != nullptr) *layer.gradient += dweight_;
+  }
+  void multiply(nibble::LinearLayer& w, const Matrix& x, Matrix& y, const nibble::Epilogue& epilogue = {}) {
     y.resize(w.rows(), x.cols());
-    nibble::gemm(w, x, y, nibble::detail::product_options(train_, epilogue));
+    w.forward(x, y, train_, epilogue);
+  }
+  /// y = base + dropped(w x).
+  void add_branch(nibble::LinearLayer& w, const Matrix& x, const Matrix& base, Matrix& y,
+                  const ResidualDropout& dropout, std::uint64_t which) {
+    if (dropout.rate == 0.0F) return multiply(w, x, y, nibble::Epilogue().add(base));
+    multiply(w, x, branch_);
+    drop(branch_, &base, y, dropout, which);
+  }
+  const Matrix& branch(const Matrix& d, const ResidualDropout& dropout, std::uint64_t which) {
+    if (dropout.rate == 0.0F) return d;
+    drop(d, nullptr, branch_, dropout, which);
+    return branch_;
+  }
+  void backward(nibble::LinearLayer& w, const Matrix& x, const Matrix& dy, Matrix* dx, nibble::Gradient how) {
+    if (dx == nullptr) return w.backward(x, dy, nullptr, how, train_);
+    dx->resize(w.cols(), dy.cols());
+    nibble::MatrixRef to(*dx);
+    w.backward(x, dy, &to, how, train_);
   }
   /// f(position, column) for all tokens.
   template <class F>
-  void turn(F&& f) {
-    nibble::detail::for_chunks(options_.pool, query_.cols(), [&](Eigen::Index first, Eigen::Index n, std::size_t) {
+  void turn(Eigen::Index tokens, F&& f) {
+    nibble::detail::for_chunks(options_.pool, tokens, [&](Eigen::Index first, Eigen::Index n, std::size_t) {
       for (Eigen::Index t = first; t < first + n; ++t) f(static_cast<std::size_t>(t) % options_.window, t);
     });
   }
@@ -159,8 +292,10 @@ class BlockTrainer {
   nibble::Workspace workspace_;
   nibble::TrainOptions train_;
   nibble::AttentionShape shape_;
-  Matrix attention_norm_, query_, key_, value_, attended_, hidden_, ffn_norm_, gate_, up_, gated_, output_;
+  BlockActivations own_;  // of plain matrices
+  Matrix output_, branch_;
   Matrix dgate_, dup_, dhidden_, dattended_, dquery_, dkey_, dvalue_;
+  Eigen::VectorXf dweight_;
 };
 
 }  // namespace llm

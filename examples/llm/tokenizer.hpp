@@ -21,6 +21,18 @@
 
 namespace llm {
 
+/// GPT-2 writes every byte as a printable character: those that print themselves as they are, the others as 0x100, 0x101,
+/// ... in their order.
+inline std::array<std::uint32_t, 256> byte_level_characters() {
+  std::array<std::uint32_t, 256> characters{};
+  std::uint32_t next = 0x100;
+  for (std::uint32_t b = 0; b < 256; ++b) {
+    const bool prints_itself = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
+    characters[b] = prints_itself ? b : next++;
+  }
+  return characters;
+}
+
 /// Immutable after construction; all member functions may be called from several threads.
 class Tokenizer {
  public:
@@ -92,17 +104,15 @@ class Tokenizer {
 
  private:
   using WordCache = std::unordered_map<std::string, std::vector<Token>>;
-  // GPT-2 writes every byte as a printable character: these stand for themselves, the others for 0x100, 0x101, ...
-  static bool prints_itself(unsigned b) { return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174; }
 
   void prepare_byte_level() {
     pattern_ = word_pattern(vocabulary_.pre);
     // Llama 3's vocabulary holds words that its merges cannot build.
     whole_words_ = pattern_ == WordPattern::llama3;
     byte_of_char_.fill(-1);
-    std::uint32_t next = 0x100;
+    const std::array<std::uint32_t, 256> characters = byte_level_characters();
     for (unsigned b = 0; b < 256; ++b) {
-      const std::uint32_t c = prints_itself(b) ? b : next++;
+      const std::uint32_t c = characters[b];
       append_utf8(byte_text_[b], c);
       byte_of_char_[c] = static_cast<std::int16_t>(b);
       byte_token_[b] = find(byte_text_[b]);
