@@ -135,7 +135,8 @@ class BlockTrainer {
     dquery_.resize(a.query.rows(), a.query.cols());
     dkey_.resize(a.key.rows(), a.key.cols());
     dvalue_.resize(a.value.rows(), a.value.cols());
-    nibble::causal_attention_backward(shape_, a.query, a.key, a.value, dattended_, dquery_, dkey_, dvalue_, train_);
+    nibble::causal_attention_backward(shape_, a.query, a.key, a.value, dattended_, dquery_, dkey_, dvalue_,
+                                      train_);
     const float scale = 1.0F / std::sqrt(static_cast<float>(h_.head_size));
     turn(x.cols(), [&](std::size_t position, Eigen::Index t) {
       rope_.apply_inverse(dquery_.col(t).data(), h_.heads, h_.head_size, position, scale);

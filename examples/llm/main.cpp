@@ -11,6 +11,7 @@
 #include "commands/generate.hpp"
 #include "commands/inspect.hpp"
 #include "commands/perplexity.hpp"
+#include "../train/commands/train.hpp"
 #include "commands/quantize.hpp"
 #include "nibble/nibble.hpp"
 
@@ -47,6 +48,7 @@ int run(int argc, char** argv) {
   llm::commands::add_generate(app, c, action);
   llm::commands::add_bench(app, c, action);
   llm::commands::add_compare(app, c, action);
+  llm::commands::add_train(app, c, action);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {

@@ -20,9 +20,9 @@
 namespace llm {
 
 struct BpeOptions {
-  std::size_t vocabulary = 2048;             // tokens in all: at least 257, the bytes and end_of_text
+  std::size_t vocabulary = 2048;              // tokens in all: at least 257, the bytes and end_of_text
   std::string end_of_text = "<|endoftext|>";  // token 0; also what a text begins with
-  std::size_t min_count = 2;                 // pairs that are rarer are not joined
+  std::size_t min_count = 2;                  // pairs that are rarer are not joined
 };
 
 namespace bpe_detail {
@@ -59,7 +59,8 @@ inline VocabularyLists train_bpe(std::string_view text, const BpeOptions& option
   using bpe_detail::Candidate;
   using bpe_detail::key_of;
   nibble::detail::require(options.vocabulary >= 257 && options.vocabulary <= (1U << 24), "the vocabulary has ",
-                          options.vocabulary, " tokens, expected 257 (the bytes, and the end of the text) to 2^24");
+                          options.vocabulary,
+                          " tokens, expected 257 (the bytes, and the end of the text) to 2^24");
   VocabularyLists v;
   v.model = "gpt2";
   v.pre = "gpt-2";
@@ -105,7 +106,8 @@ inline VocabularyLists train_bpe(std::string_view text, const BpeOptions& option
     bpe_detail::Pair& pair = pairs[best.key];
     if (pair.count != best.count) continue;
     const auto left = static_cast<Token>(best.key >> 32), right = static_cast<Token>(best.key & 0xFFFFFFFFU);
-    const std::string joined = v.tokens[static_cast<std::size_t>(left)] + v.tokens[static_cast<std::size_t>(right)];
+    const std::string joined =
+        v.tokens[static_cast<std::size_t>(left)] + v.tokens[static_cast<std::size_t>(right)];
     // Two rules may spell one token ("a" + "bc" and "ab" + "c"): a spelling has one number.
     Token token = no_token;
     for (std::size_t i = 257; i < v.tokens.size() && token == no_token; ++i)
@@ -136,8 +138,7 @@ inline VocabularyLists train_bpe(std::string_view text, const BpeOptions& option
       count_pairs(-word.count, false);
       std::size_t kept = 0;
       for (std::size_t i = 0; i < word.symbols.size(); ++i) {
-        const bool joins =
-            i + 1 < word.symbols.size() && word.symbols[i] == left && word.symbols[i + 1] == right;
+        const bool joins = i + 1 < word.symbols.size() && word.symbols[i] == left && word.symbols[i + 1] == right;
         word.symbols[kept++] = joins ? token : word.symbols[i];
         if (joins) ++i;
       }

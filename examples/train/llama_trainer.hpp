@@ -58,10 +58,10 @@ class FrozenLinear : public nibble::LinearLayer {
 struct LayerSource {
   std::size_t layer = 0;
   BlockMatrix matrix = BlockMatrix::query;
-  std::string name;                       // "blk.3.attn_q"; its tensor has ".weight" behind
+  std::string name;  // "blk.3.attn_q"; its tensor has ".weight" behind
   MatrixShape shape;
-  const ModelFile* file = nullptr;        // nullptr: a fresh model
-  std::function<WeightMatrix()> values;   // its floats, made when asked for: those of the file, or fresh ones
+  const ModelFile* file = nullptr;       // nullptr: a fresh model
+  std::function<WeightMatrix()> values;  // its floats, made when asked for: those of the file, or fresh ones
 };
 using LayerFactory = std::function<std::unique_ptr<nibble::LinearLayer>(const LayerSource&)>;
 
@@ -71,13 +71,13 @@ inline std::unique_ptr<nibble::LinearLayer> dense_layer(const LayerSource& sourc
 }
 
 struct LlamaTrainerOptions {
-  std::size_t window = 256;        // tokens of a sequence
-  std::size_t windows_at_once = 8; // forward and backward together; gradients of more are added up in order
-  bool checkpointing = false;      // keep only what goes into a block, and compute the rest again
-  float dropout = 0.0F;            // of the embedding, and of what every block's two branches add
-  std::uint64_t seed = 0;          // of dropout, and of fresh weights
+  std::size_t window = 256;         // tokens of a sequence
+  std::size_t windows_at_once = 8;  // forward and backward together; gradients of more are added up in order
+  bool checkpointing = false;       // keep only what goes into a block, and compute the rest again
+  float dropout = 0.0F;             // of the embedding, and of what every block's two branches add
+  std::uint64_t seed = 0;           // of dropout, and of fresh weights
   nibble::Activations products = nibble::Activations::fp32;
-  bool train_embedding = true;     // and the output layer
+  bool train_embedding = true;  // and the output layer
   bool train_norms = true;
   nibble::ThreadPool* pool = nullptr;
 };
@@ -126,10 +126,12 @@ class LlamaTrainer {
 
   /// The weights of a file. Where the embedding is not trained, it and the output layer stay as packed as they are.
   /// Throws Unsupported for a model whose residual stream is rotated or whose layers have biases.
-  LlamaTrainer(const ModelFile& file, const LlamaTrainerOptions& options, const LayerFactory& factory = dense_layer)
+  LlamaTrainer(const ModelFile& file, const LlamaTrainerOptions& options,
+               const LayerFactory& factory = dense_layer)
       : h_(file.hparams()), options_(options), blocks_(h_, block_options(options, rope_divisors_of(file))) {
     using nibble::detail::require;
-    require<nibble::Unsupported>(h_.rotation.block == 0, "a model with a rotated residual stream cannot be trained");
+    require<nibble::Unsupported>(h_.rotation.block == 0,
+                                 "a model with a rotated residual stream cannot be trained");
     begin();
     const bool tied = !file.has("output.weight");
     const auto read = [&file, this](const std::string& name) {
@@ -151,7 +153,8 @@ class LlamaTrainer {
       if (!tied) output_ = std::make_unique<nibble::DenseLinear>(read("output.weight"));
     } else {
       for (const char* name : {"token_embd.weight", "output.weight"})
-        require<nibble::Unsupported>(file.extras(name) == nullptr, "'", name, "' has an order, scales or a rotation");
+        require<nibble::Unsupported>(file.extras(name) == nullptr, "'", name,
+                                     "' has an order, scales or a rotation");
       frozen_table_ = std::make_unique<FrozenLinear>(file.matrix("token_embd.weight", options.pool));
       if (!tied) output_ = std::make_unique<FrozenLinear>(file.matrix("output.weight", options.pool));
     }
@@ -180,7 +183,9 @@ class LlamaTrainer {
   }
   /// Of "token_embd.weight", or nullptr where it is frozen.
   nibble::DenseLinear* embedding() { return table_.get(); }
-  nibble::DenseLinear* output() { return options_.train_embedding ? static_cast<nibble::DenseLinear*>(output_.get()) : nullptr; }
+  nibble::DenseLinear* output() {
+    return options_.train_embedding ? static_cast<nibble::DenseLinear*>(output_.get()) : nullptr;
+  }
   const Eigen::VectorXf& attention_norm(std::size_t layer) const { return norms_[2 * layer]; }
   const Eigen::VectorXf& ffn_norm(std::size_t layer) const { return norms_[2 * layer + 1]; }
   const Eigen::VectorXf& output_norm() const { return norms_.back(); }
@@ -189,7 +194,7 @@ class LlamaTrainer {
   /// value, output, feed-forward norm, gate, up, down; the output norm; the output layer. Norms do not decay.
   nibble::Parameters parameters() {
     nibble::Parameters ps;
-    if (table_) table_->append_parameters("token_embd", ps);
+    if (table_) table_->append_parameters("token_embd.", ps);
     const auto norm = [&](std::size_t i, std::string name) {
       if (!options_.train_norms) return;
       nibble::Parameter p;
@@ -204,10 +209,10 @@ class LlamaTrainer {
       for (const BlockMatrix m : block_matrices) {
         if (m == BlockMatrix::query) norm(2 * l, attention_norm_name(l));
         if (m == BlockMatrix::gate) norm(2 * l + 1, ffn_norm_name(l));
-        layer(l, m).append_parameters("blk." + std::to_string(l) + "." + name_of(m), ps);
+        layer(l, m).append_parameters("blk." + std::to_string(l) + "." + name_of(m) + ".", ps);
       }
     norm(2 * h_.layers, "output_norm.weight");
-    if (output_) output_->append_parameters("output", ps);
+    if (output_) output_->append_parameters("output.", ps);
     return ps;
   }
 
@@ -248,7 +253,8 @@ class LlamaTrainer {
   /// second on predicted by those of its window before it.
   double evaluate(const std::vector<Token>& tokens, std::size_t count = 0) {
     const std::size_t w = options_.window;
-    nibble::detail::require(tokens.size() > w, "the text has ", tokens.size(), " tokens, expected more than a window of ", w);
+    nibble::detail::require(tokens.size() > w, "the text has ", tokens.size(),
+                            " tokens, expected more than a window of ", w);
     const std::size_t fit = (tokens.size() - 1) / w;
     const std::size_t n = (count == 0 ? fit : std::min(count, fit)) * w;
     TokenBatch batch;
@@ -318,8 +324,8 @@ class LlamaTrainer {
     for (const nibble::LinearLayer* t : {table_layer_, output_ ? output_.get() : table_layer_})
       nibble::detail::require<nibble::FormatError>(
           static_cast<std::size_t>(t->rows()) == h_.vocabulary && static_cast<std::size_t>(t->cols()) == h_.dim,
-          "the embedding or the output layer is ", t->rows(), " x ", t->cols(), ", expected ", h_.vocabulary, " x ",
-          h_.dim);
+          "the embedding or the output layer is ", t->rows(), " x ", t->cols(), ", expected ", h_.vocabulary,
+          " x ", h_.dim);
     inputs_.resize(h_.layers + 1);
   }
   BlockLayers block(std::size_t l) {
@@ -372,9 +378,9 @@ class LlamaTrainer {
     x.resize(static_cast<Eigen::Index>(h_.dim), static_cast<Eigen::Index>(n));
     nibble::detail::for_chunks(options_.pool, x.cols(), [&](Eigen::Index t, Eigen::Index count, std::size_t) {
       for (Eigen::Index i = t; i < t + count; ++i) {
-        const auto row = static_cast<std::size_t>(batch.inputs[first + static_cast<std::size_t>(i)]);
+        const Eigen::Index row = batch.inputs[first + static_cast<std::size_t>(i)];
         if (table_)
-          x.col(i) = table_->weight().row(static_cast<Eigen::Index>(row)).transpose();
+          x.col(i) = table_->weight().row(row).transpose();
         else
           frozen_table_->weights().dequantize_row(row, x.col(i).data());
       }
@@ -383,16 +389,19 @@ class LlamaTrainer {
     if (keep) activations_.resize(h_.layers);
     if (!keep && activations_.empty()) activations_.resize(1);
     for (std::size_t l = 0; l < h_.layers; ++l)
-      blocks_.forward(block(l), inputs_[l], activations_[keep ? l : 0], inputs_[l + 1], dropout_of(l, first, rate));
+      blocks_.forward(block(l), inputs_[l], activations_[keep ? l : 0], inputs_[l + 1],
+                      dropout_of(l, first, rate));
   }
 
   /// Logits and their cross-entropy, some tokens at a time: vocabularies are large. The gradient, times `scale`, with
   /// respect to what comes out of the last block is returned; scale 0: none.
-  Matrix head(const TokenBatch& batch, std::size_t first, std::size_t n, float scale, double* sum, double* losses) {
+  Matrix head(const TokenBatch& batch, std::size_t first, std::size_t n, float scale, double* sum,
+              double* losses) {
     const Matrix& x = inputs_[h_.layers];
     nibble::LinearLayer& layer = output_ ? *output_ : *table_layer_;
     const nibble::TrainOptions& train = blocks_.train_options();
-    const auto chunk = static_cast<Eigen::Index>(std::clamp<std::size_t>((std::size_t{1} << 22) / h_.vocabulary, 64, 2048));
+    const auto chunk =
+        static_cast<Eigen::Index>(std::clamp<std::size_t>((std::size_t{1} << 22) / h_.vocabulary, 64, 2048));
     normed_.resize(x.rows(), x.cols());
     nibble::detail::for_chunks(options_.pool, x.cols(), [&](Eigen::Index t, Eigen::Index count, std::size_t) {
       nibble::rms_norm(x.middleCols(t, count), norms_.back(), h_.rms_epsilon, normed_.middleCols(t, count));
@@ -416,9 +425,11 @@ class LlamaTrainer {
           }
           const auto at = static_cast<Eigen::Index>(target);
           const float logit = column[at];
-          loss[i] = log_sum_exp(column.data(), static_cast<std::size_t>(column.size())) - static_cast<double>(logit);
+          loss[i] =
+              log_sum_exp(column.data(), static_cast<std::size_t>(column.size())) - static_cast<double>(logit);
           if (scale == 0.0F) continue;
-          const float total = nibble::detail::exp_minus_max(column.data(), static_cast<std::size_t>(column.size()), kernels);
+          const float total =
+              nibble::detail::exp_minus_max(column.data(), static_cast<std::size_t>(column.size()), kernels);
           column *= scale / total;
           column[at] -= scale;
         }
@@ -450,8 +461,7 @@ class LlamaTrainer {
       if (!last) dy.swap(dx_);
     }
     if (!table_) return;
-    if (options_.dropout > 0.0F)
-      blocks_.drop(dy, nullptr, dy, dropout_of(h_.layers, first, options_.dropout), 0);
+    if (options_.dropout > 0.0F) blocks_.drop(dy, nullptr, dy, dropout_of(h_.layers, first, options_.dropout), 0);
     // Token by token in order: the same bits for any number of threads, which share the rows of a column.
     auto& gradient = table_->gradient();
     const std::size_t pieces = options_.pool == nullptr ? 1 : static_cast<std::size_t>(options_.pool->threads());
