@@ -86,7 +86,7 @@ TEST(Dropout, KeepsItsShareAndItsMean) {
   for (const double rate : {0.05, 0.5, 0.9}) {
     Matrix y(101, 307);
     dropout(x, y, rate, {1, 2, stream_of("q")});
-    const auto scale = static_cast<float>(1.0 / (1.0 - rate));
+    const auto scale = static_cast<float>(1.0 / (1.0 - std::round(rate * 65536.0) / 65536.0));
     double kept = 0.0;
     for (Eigen::Index i = 0; i < y.size(); ++i) {
       EXPECT_TRUE(y.data()[i] == 0.0F || y.data()[i] == scale);
@@ -107,7 +107,7 @@ TEST(Dropout, BackwardHasTheMaskOfForwardWhateverTheThreads) {
   dropout(x, y, 0.3, key);
   dropout_backward(dy, dx, 0.3, key);
   // y is linear in x: its gradient is dy times y / x.
-  const auto scale = static_cast<float>(1.0 / 0.7);
+  const auto scale = static_cast<float>(1.0 / (1.0 - std::round(0.3 * 65536.0) / 65536.0));
   for (Eigen::Index i = 0; i < x.size(); ++i) {
     EXPECT_EQ(dx.data()[i], y.data()[i] == 0.0F ? 0.0F : dy.data()[i] * scale);
   }

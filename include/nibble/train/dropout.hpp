@@ -8,9 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
+#include "nibble/formats/float_bits.hpp"
 #include "nibble/gemm/view.hpp"
 #include "nibble/train/linear.hpp"
 #include "nibble/train/options.hpp"
@@ -58,43 +60,57 @@ constexpr std::uint64_t mix64(std::uint64_t x) noexcept {
   return x ^ x >> 31;
 }
 
-/// f(row, column, whether the element stays) for columns [first, first + n) of `rows` rows; it stays with 1 - rate.
-template <class F>
-void for_kept(double rate, const DropoutKey& key, Eigen::Index rows, Eigen::Index first, Eigen::Index n, F&& f) {
+/// keep[r] = all ones where row r of a column stays, else 0; room for rows rounded up to 8. 16 random bits an element.
+inline void dropout_mask(std::uint32_t threshold, const DropoutKey& key, Eigen::Index column, Eigen::Index rows,
+                         std::uint32_t* keep) noexcept {
   const std::uint64_t mixed = mix64(key.seed ^ mix64(key.stream));
   const std::array<std::uint32_t, 2> k = {static_cast<std::uint32_t>(mixed),
                                           static_cast<std::uint32_t>(mixed >> 32)};
-  const auto threshold = static_cast<std::uint64_t>(std::llround(rate * 0x1p32));
-  for (Eigen::Index c = first; c < first + n; ++c)
-    for (Eigen::Index r = 0; r < rows; r += 4) {
-      const auto words = philox({static_cast<std::uint32_t>(r / 4), static_cast<std::uint32_t>(c),
-                                 static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)},
-                                k);
-      const Eigen::Index count = std::min<Eigen::Index>(4, rows - r);
-      for (Eigen::Index i = 0; i < count; ++i) f(r + i, c, words[static_cast<std::size_t>(i)] >= threshold);
+  for (Eigen::Index r = 0; r < rows; r += 8) {
+    const auto words = philox({static_cast<std::uint32_t>(r / 8), static_cast<std::uint32_t>(column),
+                               static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)},
+                              k);
+    for (std::size_t i = 0; i < 4; ++i) {
+      keep[r + static_cast<Eigen::Index>(2 * i)] = (words[i] & 0xFFFFU) >= threshold ? ~0U : 0U;
+      keep[r + static_cast<Eigen::Index>(2 * i) + 1] = (words[i] >> 16) >= threshold ? ~0U : 0U;
     }
+  }
+}
+
+/// `rate` in units of 2^-16: what an element's 16 bits are compared with.
+inline std::uint32_t dropout_threshold(double rate) {
+  require(rate >= 0.0 && rate < 1.0, "dropout rate is ", rate, ", expected 0 to less than 1");
+  return static_cast<std::uint32_t>(std::min(std::lround(rate * 65536.0), 65535L));
 }
 
 }  // namespace detail
 
-/// y = x / (1 - rate) where the element stays, else 0, for x and y of n x T; y may be x. Inverted dropout: nothing is to be
-/// done where a model runs (Srivastava et al. 2014, section 10). An element's fate depends on the key, its row and its column
-/// alone. Throws InvalidArgument for a rate outside [0, 1) and where shapes do not fit.
+/// y = x / (1 - rate) where the element stays, else 0, for x and y of n x T; y may be x. The rate counts as the multiple of
+/// 2^-16 that is next to it. Inverted dropout: nothing is to be done where a model runs (Srivastava et al. 2014, section
+/// 10). An element's fate depends on the key, its row and its column alone. Gradient::add: what would be set is added.
+/// Throws InvalidArgument for a rate outside [0, 1) and where shapes do not fit.
 inline void dropout(const ConstMatrixRef& x, MatrixRef y, double rate, const DropoutKey& key,
                     const TrainOptions& options = {}, Gradient how = Gradient::set) {
-  detail::require(rate >= 0.0 && rate < 1.0, "dropout rate is ", rate, ", expected 0 to less than 1");
+  const std::uint32_t threshold = detail::dropout_threshold(rate);
   detail::require_shape(y, x.rows(), x.cols(), "y");
-  const auto scale = static_cast<float>(1.0 / (1.0 - rate));
+  const auto scale = static_cast<float>(65536.0 / (65536.0 - static_cast<double>(threshold)));
+  const Eigen::Index rows = x.rows();
   detail::for_chunks(options.pool, x.cols(), [&](Eigen::Index first, Eigen::Index n, std::size_t) {
     const detail::FpEnvironment environment;
-    if (how == Gradient::set)
-      detail::for_kept(rate, key, x.rows(), first, n, [&](Eigen::Index r, Eigen::Index c, bool stays) {
-        y(r, c) = stays ? x(r, c) * scale : 0.0F;
-      });
-    else
-      detail::for_kept(rate, key, x.rows(), first, n, [&](Eigen::Index r, Eigen::Index c, bool stays) {
-        if (stays) y(r, c) += detail::rounded(x(r, c) * scale);
-      });
+    std::vector<std::uint32_t> keep(detail::round_up(static_cast<std::size_t>(rows), 8));
+    for (Eigen::Index c = first; c < first + n; ++c) {
+      detail::dropout_mask(threshold, key, c, rows, keep.data());
+      const float* from = x.col(c).data();
+      float* to = y.col(c).data();
+      const auto kept = [&](Eigen::Index r) {
+        const float scaled = from[r] * scale;
+        return detail::float_from_bits(detail::bits_from_float(scaled) & keep[static_cast<std::size_t>(r)]);
+      };
+      if (how == Gradient::set)
+        for (Eigen::Index r = 0; r < rows; ++r) to[r] = kept(r);
+      else
+        for (Eigen::Index r = 0; r < rows; ++r) to[r] += kept(r);
+    }
   });
 }
 
