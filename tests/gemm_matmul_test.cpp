@@ -711,7 +711,7 @@ TEST(Gemm, DenseProductsInAnyOrder) {
   unsigned seed = 1;
   for (Index n : {1, 16, 37, 300})
     for (Index k : {1, 15, 300})
-      for (Index m : {1, 2, 3, 4, 7, 13, 40}) {
+      for (Index m : {1, 2, 3, 4, 7, 13, 40, 103}) {
         const MatrixXf a = random_floats(n, k, ++seed);
         const MatrixXf b = random_floats(k, m, ++seed);
         const MatrixXf at = a.transpose();

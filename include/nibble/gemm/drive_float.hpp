@@ -113,6 +113,27 @@ inline void interleave_rows(const float* in, std::size_t stride, std::size_t row
     for (std::size_t i = k; i < count; ++i) out[i * rows + r] = in[r * stride + i];
 }
 
+/// Tiles of `height` tokens that are consecutive in memory, tokens [begin, end), those from `real` on zeros:
+/// out[first * count + k * rows + r] = in[k * stride + first + r] for the `rows` tokens of the tile that starts at `first`.
+inline void interleave_columns(const float* in, std::size_t stride, std::size_t begin, std::size_t end,
+                               std::size_t real, std::size_t height, std::size_t count, float* out) {
+  for (std::size_t k = 0; k < count; ++k) {
+    const float* from = in + k * stride;
+    for (std::size_t t = begin; t < end; t += 16)
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) +
+                                                       (8 * stride + t) * sizeof(float)));
+    for (std::size_t first = begin; first < end; first += height) {
+      const std::size_t rows = std::min(height, end - first);
+      const std::size_t filled = std::min(rows, real - first);
+      float* to = out + first * count + k * rows;
+      std::size_t r = 0;
+      for (; r + 4 <= filled; r += 4) std::memcpy(to + r, from + first + r, 4 * sizeof(float));
+      for (; r < filled; ++r) to[r] = from[first + r];
+      for (; r < rows; ++r) to[r] = 0.0F;
+    }
+  }
+}
+
 /// A dense matrix anywhere in memory.
 inline PanelSource dense_source(const FloatView& a) {
   return {a.rows, a.cols, &a,
@@ -182,15 +203,24 @@ inline void run_float(const KernelTable& kernels, const PanelSource& source, con
   float* packed_x = reinterpret_cast<float*>(scratch + x_at);
   float* thread_scratch = reinterpret_cast<float*>(scratch + threads_at);
 
-  // Activations by blocks of depth, then tiles of tokens, then [k][token].
-  for_tasks(pool, ceil_div(tokens, height), [&](std::size_t tile, std::size_t) {
-    const std::size_t first = tile * height;
-    const std::size_t rows = std::min(height, tokens - first);
+  // Activations by blocks of depth, then tiles of tokens, then [k][token]. Transposed ones lie along the tokens, and their next
+  // k far away: some tiles at once, for a tile alone takes but a part of a cache line.
+  const bool along_tokens = x.col_stride == 1 && x.row_stride != 1;
+  const std::size_t packed_tokens = along_tokens ? 8 * height : height;
+  for_tasks(pool, ceil_div(tokens, packed_tokens), [&](std::size_t task, std::size_t) {
+    const std::size_t begin = task * packed_tokens;
+    const std::size_t end = std::min(begin + packed_tokens, tokens);
     for (std::size_t k0 = 0; k0 < depth; k0 += depth_block) {
       const std::size_t count = std::min(depth_block, depth - k0);
-      float* to = packed_x + k0 * tokens + first * count;
-      const float* from = x.data + k0 * x.row_stride + first * x.col_stride;
-      const std::size_t real = std::min(rows, x.cols - first);
+      if (along_tokens) {
+        interleave_columns(x.data + k0 * x.row_stride, x.row_stride, begin, end, x.cols, height, count,
+                           packed_x + k0 * tokens);
+        continue;
+      }
+      const std::size_t rows = end - begin;
+      float* to = packed_x + k0 * tokens + begin * count;
+      const float* from = x.data + k0 * x.row_stride + begin * x.col_stride;
+      const std::size_t real = std::min(rows, x.cols - begin);
       if (x.row_stride == 1 && real == rows) {
         interleave_rows(from, x.col_stride, rows, count, to);
         continue;
