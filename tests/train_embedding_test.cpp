@@ -126,6 +126,10 @@ TEST(Dropout, BackwardHasTheMaskOfForwardWhateverTheThreads) {
   Matrix part(53, 40);
   dropout(x.leftCols(40), part, 0.3, key);
   EXPECT_EQ(part, y.leftCols(40));
+  DropoutKey later = key;
+  later.first_column = 60;
+  dropout(x.rightCols(40), part, 0.3, later);
+  EXPECT_EQ(part, y.rightCols(40));
 }
 
 TEST(Dropout, EveryKeyIsAnother) {

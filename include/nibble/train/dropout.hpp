@@ -48,6 +48,8 @@ struct DropoutKey {
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
   std::uint64_t stream = 0;
+  Eigen::Index first_column =
+      0;  ///< of the matrix given, in the whole batch of the step: parts have the masks of the whole
 };
 
 namespace detail {
@@ -99,7 +101,7 @@ inline void dropout(const ConstMatrixRef& x, MatrixRef y, double rate, const Dro
     const detail::FpEnvironment environment;
     std::vector<std::uint32_t> keep(detail::round_up(static_cast<std::size_t>(rows), 8));
     for (Eigen::Index c = first; c < first + n; ++c) {
-      detail::dropout_mask(threshold, key, c, rows, keep.data());
+      detail::dropout_mask(threshold, key, key.first_column + c, rows, keep.data());
       const float* from = x.col(c).data();
       float* to = y.col(c).data();
       const auto kept = [&](Eigen::Index r) {
