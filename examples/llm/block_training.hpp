@@ -14,6 +14,7 @@
 #include "nibble/nn/norm.hpp"
 #include "nibble/nn/rope.hpp"
 #include "nibble/train/attention.hpp"
+#include "nibble/train/dropout.hpp"
 #include "nibble/train/linear.hpp"
 #include "nibble/train/linear_layer.hpp"
 #include "nibble/train/rms_norm.hpp"
@@ -179,7 +180,7 @@ class BlockTrainer {
     out.resize(values.rows(), values.cols());
     const auto cut = static_cast<std::uint32_t>(std::lround(static_cast<double>(dropout.rate) * 65536.0));
     const float keep[2] = {1.0F / (1.0F - dropout.rate), 0.0F};
-    const std::uint64_t key = mix(dropout.seed + 0x9E3779B97F4A7C15U * (which + 1));
+    const std::uint64_t key = nibble::detail::mix64(dropout.seed + which);
     nibble::detail::for_chunks(options_.pool, values.cols(), [&](Eigen::Index first, Eigen::Index n, std::size_t) {
       const Eigen::Index rows = values.rows(), fours = (rows + 3) / 4;
       for (Eigen::Index t = first; t < first + n; ++t) {
@@ -189,7 +190,8 @@ class BlockTrainer {
         const std::uint64_t counter =
             (static_cast<std::uint64_t>(t) + dropout.first_column) * static_cast<std::uint64_t>(fours);
         for (Eigen::Index i = 0; i < rows; i += 4) {
-          std::uint64_t bits = mix(key + 0x9E3779B97F4A7C15U * (counter + static_cast<std::uint64_t>(i / 4)));
+          std::uint64_t bits =
+              nibble::detail::mix64(key + 0x9E3779B97F4A7C15U * (counter + static_cast<std::uint64_t>(i / 4)));
           for (Eigen::Index j = i; j < std::min(i + 4, rows); ++j, bits >>= 16) {
             const float dropped = from[j] * keep[(bits & 0xFFFFU) < cut ? 1 : 0];
             to[j] = plus == nullptr ? dropped : dropped + plus[j];
@@ -236,13 +238,6 @@ class BlockTrainer {
       block.ffn_norm.weight = &b.ffn_norm;
     }
   };
-
-  /// SplitMix64's output function (Steele 2014).
-  static std::uint64_t mix(std::uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-    return z ^ (z >> 31);
-  }
 
   void norm(const Matrix& x, const Eigen::VectorXf& weight, Matrix& out) {
     out.resize(x.rows(), x.cols());

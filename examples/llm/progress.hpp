@@ -23,6 +23,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
+  bool on_terminal() const { return terminal_; }
+
   /// One more of `total` is done; `note` goes behind the bar.
   void step(const std::string& note = {}) {
     ++done_;

@@ -12,6 +12,7 @@
 #include "../llm/vocabulary.hpp"
 #include "llama_trainer.hpp"
 #include "nibble/core/error.hpp"
+#include "nibble/train/dropout.hpp"
 
 namespace llm {
 
@@ -45,13 +46,8 @@ class TextWindows {
   }
 
  private:
-  static std::uint64_t mix(std::uint64_t z) {  // SplitMix64 (Steele 2014)
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-    return z ^ (z >> 31);
-  }
   std::uint64_t draw(std::uint64_t stream, std::uint64_t i) const {
-    return mix(mix(seed_ * 0x9E3779B97F4A7C15U + stream) + i * 0xD1B54A32D192ED03U);
+    return nibble::detail::mix64(nibble::detail::mix64(nibble::detail::mix64(seed_) + stream) + i);
   }
   void shuffle(std::uint64_t epoch) {
     epoch_ = epoch;

@@ -16,10 +16,11 @@
 
 #include "../llm/block.hpp"
 #include "../llm/block_training.hpp"
-#include "../llm/math.hpp"
 #include "../llm/model_file.hpp"
 #include "nibble/gemm/matmul.hpp"
-#include "nibble/nn/softmax.hpp"
+#include "nibble/train/cross_entropy.hpp"
+#include "nibble/train/dropout.hpp"
+#include "nibble/train/embedding.hpp"
 #include "nibble/train/linear_layer.hpp"
 #include "nibble/train/parameters.hpp"
 
@@ -101,7 +102,7 @@ class LlamaTrainer {
     begin();
     const auto fresh = [this](MatrixShape shape, std::uint64_t stream, double deviation) {
       WeightMatrix m(shape.rows, shape.cols);
-      Normal normal(options_.seed * 0x9E3779B97F4A7C15U + stream);
+      Normal normal(nibble::detail::mix64(options_.seed) + stream);
       for (Eigen::Index i = 0; i < m.size(); ++i) m.data()[i] = static_cast<float>(deviation * normal());
       return m;
     };
@@ -266,10 +267,10 @@ class LlamaTrainer {
   }
 
  private:
-  /// Normal numbers (Box and Muller 1958) out of SplitMix64.
+  /// Normal numbers (Box and Muller 1958).
   class Normal {
    public:
-    explicit Normal(std::uint64_t seed) : state_(seed) {}
+    explicit Normal(std::uint64_t seed) : state_(nibble::detail::mix64(seed)) {}
     double operator()() {
       const double radius = std::sqrt(-2.0 * std::log(uniform()));
       return radius * std::cos(6.283185307179586 * uniform());
@@ -277,11 +278,7 @@ class LlamaTrainer {
 
    private:
     double uniform() {  // above 0, up to 1
-      state_ += 0x9E3779B97F4A7C15U;
-      std::uint64_t z = state_;
-      z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-      z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-      return (static_cast<double>((z ^ (z >> 31)) >> 11) + 1.0) * 0x1p-53;
+      return (static_cast<double>(nibble::detail::mix64(state_++) >> 11) + 1.0) * 0x1p-53;
     }
     std::uint64_t state_;
   };
@@ -367,7 +364,7 @@ class LlamaTrainer {
   ResidualDropout dropout_of(std::size_t layer, std::size_t first, float rate) const {
     ResidualDropout d;
     d.rate = rate;
-    d.seed = (options_.seed * 0x9E3779B97F4A7C15U ^ step_ * 0xD1B54A32D192ED03U) + layer * 0x8CB92BA72F3D8DD7U;
+    d.seed = nibble::detail::mix64(nibble::detail::mix64(options_.seed) + step_) + 2 * layer;
     d.first_column = first;
     return d;
   }
@@ -393,6 +390,20 @@ class LlamaTrainer {
                       dropout_of(l, first, rate));
   }
 
+  /// Throws Error naming the first that is not finite.
+  void require_finite_hidden() const {
+    // A NaN or Inf stays one on its way through the blocks: the last tells of all.
+    const auto finite = [](const Matrix& m) { return std::isfinite(m.cwiseAbs().sum()); };
+    if (finite(inputs_[h_.layers])) return;
+    std::size_t l = 0;
+    while (l < h_.layers && finite(inputs_[l])) ++l;
+    nibble::detail::raise<nibble::Error>(
+        nibble::detail::concat("step ", step_, ": ",
+                               l == 0 ? std::string("the embedding ('token_embd.weight')")
+                                      : "the output of block " + std::to_string(l - 1),
+                               " is not finite"));
+  }
+
   /// Logits and their cross-entropy, some tokens at a time: vocabularies are large. The gradient, times `scale`, with
   /// respect to what comes out of the last block is returned; scale 0: none.
   Matrix head(const TokenBatch& batch, std::size_t first, std::size_t n, float scale, double* sum,
@@ -406,41 +417,22 @@ class LlamaTrainer {
     nibble::detail::for_chunks(options_.pool, x.cols(), [&](Eigen::Index t, Eigen::Index count, std::size_t) {
       nibble::rms_norm(x.middleCols(t, count), norms_.back(), h_.rms_epsilon, normed_.middleCols(t, count));
     });
+    require_finite_hidden();
     Matrix dx(scale != 0.0F ? x.rows() : 0, scale != 0.0F ? x.cols() : 0);
-    std::vector<double> loss(n);
-    const nibble::detail::KernelTable& kernels = nibble::detail::kernels();
+    std::vector<double> loss(batch.targets.size());
     for (Eigen::Index begin = 0; begin < x.cols(); begin += chunk) {
       const Eigen::Index count = std::min(chunk, x.cols() - begin);
       logits_.resize(layer.rows(), count);
       layer.forward(normed_.middleCols(begin, count), logits_, train, {});
-      nibble::detail::for_chunks(options_.pool, count, [&](Eigen::Index t, Eigen::Index tokens, std::size_t) {
-        const nibble::detail::FpEnvironment environment;
-        for (Eigen::Index c = t; c < t + tokens; ++c) {
-          const auto i = static_cast<std::size_t>(begin + c);
-          const Token target = batch.targets[first + i];
-          auto column = logits_.col(c);
-          if (target == no_token) {
-            column.setZero();
-            continue;
-          }
-          const auto at = static_cast<Eigen::Index>(target);
-          const float logit = column[at];
-          loss[i] =
-              log_sum_exp(column.data(), static_cast<std::size_t>(column.size())) - static_cast<double>(logit);
-          if (scale == 0.0F) continue;
-          const float total =
-              nibble::detail::exp_minus_max(column.data(), static_cast<std::size_t>(column.size()), kernels);
-          column *= scale / total;
-          column[at] -= scale;
-        }
-      });
+      nibble::detail::cross_entropy_chunk(logits_, batch.targets, static_cast<Eigen::Index>(first) + begin,
+                                          no_token, scale != 0.0F, static_cast<double>(scale), loss, train);
       if (scale == 0.0F) continue;
       nibble::MatrixRef d(dx.middleCols(begin, count));
       layer.backward(normed_.middleCols(begin, count), logits_, &d, nibble::Gradient::set, train);
     }
     for (std::size_t i = 0; i < n; ++i) {
-      if (sum != nullptr) *sum += loss[i];
-      if (losses != nullptr) losses[i] = loss[i];
+      if (sum != nullptr) *sum += loss[first + i];
+      if (losses != nullptr) losses[i] = loss[first + i];
     }
     if (scale == 0.0F) return dx;
     nibble::rms_norm_backward(x, norms_.back(), h_.rms_epsilon, dx, dx, options_.train_norms ? &dweight_ : nullptr,
@@ -462,17 +454,9 @@ class LlamaTrainer {
     }
     if (!table_) return;
     if (options_.dropout > 0.0F) blocks_.drop(dy, nullptr, dy, dropout_of(h_.layers, first, options_.dropout), 0);
-    // Token by token in order: the same bits for any number of threads, which share the rows of a column.
-    auto& gradient = table_->gradient();
-    const std::size_t pieces = options_.pool == nullptr ? 1 : static_cast<std::size_t>(options_.pool->threads());
-    const auto dim = static_cast<std::size_t>(h_.dim);
-    nibble::detail::for_tasks(options_.pool, pieces, [&](std::size_t piece, std::size_t) {
-      const auto begin = static_cast<Eigen::Index>(dim * piece / pieces);
-      const auto rows = static_cast<Eigen::Index>(dim * (piece + 1) / pieces) - begin;
-      for (std::size_t i = 0; i < n; ++i)
-        gradient.row(batch.inputs[first + i]).segment(begin, rows) +=
-            dy.col(static_cast<Eigen::Index>(i)).segment(begin, rows).transpose();
-    });
+    const std::vector<Token> tokens(batch.inputs.begin() + static_cast<std::ptrdiff_t>(first),
+                                    batch.inputs.begin() + static_cast<std::ptrdiff_t>(first + n));
+    nibble::embedding_backward(tokens, dy, nibble::RowMajorRef(table_->gradient()), blocks_.train_options());
   }
 
   const Hparams h_;

@@ -2,83 +2,73 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../../llm/commands/common.hpp"
-#include "../../llm/progress.hpp"
 #include "../../llm/sampler.hpp"
-#include "../../llm/svg_plot.hpp"
+#include "../../llm/tokenizer.hpp"
 #include "../bpe_trainer.hpp"
 #include "../data.hpp"
 #include "../llama_trainer.hpp"
 #include "../model_export.hpp"
+#include "../training_loop.hpp"
 #include "nibble/train/parameters.hpp"
 
 namespace llm {
 namespace commands {
 
 struct TrainArguments {
-  std::string text, out, test, csv, svg, name = "nibble-trained", products = "fp32", type = "f16";
+  std::string text, out, test, csv, svg, name = "nibble-trained", products = "fp32", type = "f16",
+                                         schedule = "cosine", prompt;
   std::size_t vocabulary = 2048, layers = 6, dim = 256, ffn = 768, heads = 8, kv_heads = 8, window = 256;
   std::size_t batch = 16, windows_at_once = 8, steps = 2000, warmup = 100, evaluate_every = 250,
-              evaluate_windows = 128;
+              evaluate_windows = 128, checkpoint_every = 200;
   double minutes = 0.0, lr = 2e-3, final_lr = 0.05, decay = 0.1, clip = 1.0, beta2 = 0.95;
   float dropout = 0.1F;
   std::uint64_t seed = 1;
-  bool checkpointing = false, untied = false;
+  bool checkpointing = false, untied = false, eight_bit = false, resume = false;
 };
 
-namespace train_detail {
-
-/// AdamW (Loshchilov 2019, algorithm 2).
-class Adam {
- public:
-  Adam(nibble::Parameters ps, double beta2, double decay) : ps_(std::move(ps)), beta2_(beta2), decay_(decay) {
-    for (const nibble::Parameter& p : ps_) m_.emplace_back(p.size, 0.0F), v_.emplace_back(p.size, 0.0F);
+/// Some of what the model that was written has to say.
+inline void say_sample(const std::string& path, const std::string& prompt, nibble::ThreadPool* pool) {
+  const auto file = open_model(path);
+  const Tokenizer tokenizer(file->vocabulary());
+  const Model model = load_model(*file, pool);
+  std::vector<Token> tokens = tokenizer.encode(prompt);
+  if (tokens.empty()) tokens.push_back(tokenizer.vocabulary().bos);
+  RunnerOptions options;
+  options.context = model.hparams.context;
+  options.pool = pool;
+  if (tokens.size() >= options.context) return;
+  Runner runner(model, options);
+  auto cache = runner.new_cache();
+  SamplerOptions how;
+  how.temperature = 0.8F;
+  how.top_p = 0.95F;
+  how.seed = 1;
+  Sampler sampler(how);
+  StreamDecoder decoder(tokenizer, prompt.empty());
+  std::string text = prompt;
+  const float* logits = runner.append(cache, tokens.data(), tokens.size());
+  for (std::size_t n = tokens.size(); n < options.context; ++n) {
+    const Token token = sampler.sample(logits, tokenizer.vocabulary().size());
+    if (tokenizer.ends_text(token)) break;
+    text += decoder.push(token);
+    if (n + 1 < options.context) logits = runner.append(cache, &token, 1);
   }
-  void step(std::uint64_t t, double lr, nibble::ThreadPool* pool) {
-    const double c1 = 1.0 / (1.0 - std::pow(beta1_, static_cast<double>(t)));
-    const double c2 = 1.0 / (1.0 - std::pow(beta2_, static_cast<double>(t)));
-    nibble::detail::ParameterChunks(ps_).run(
-        pool, [&](std::size_t k, std::size_t first, std::size_t n, std::size_t) {
-          const nibble::Parameter& p = ps_[k];
-          const auto b1 = static_cast<float>(beta1_), b2 = static_cast<float>(beta2_);
-          const float shrink = p.decay ? static_cast<float>(1.0 - lr * decay_) : 1.0F;
-          const auto rate = static_cast<float>(lr * c1), root = static_cast<float>(std::sqrt(c2));
-          using Array = Eigen::Map<Eigen::ArrayXf>;
-          const auto size = static_cast<Eigen::Index>(n);
-          Array w(p.value + first, size), g(p.gradient + first, size), m(m_[k].data() + first, size),
-              v(v_[k].data() + first, size);
-          m = b1 * m + (1.0F - b1) * g;
-          v = b2 * v + (1.0F - b2) * g.square();
-          w = shrink * w - rate * m / (v.sqrt() * root + 1e-8F);
-        });
-  }
-
- private:
-  nibble::Parameters ps_;
-  double beta1_ = 0.9, beta2_, decay_;
-  std::vector<std::vector<float>> m_, v_;
-};
-
-inline std::string format(const char* pattern, double a, double b = 0.0, double c = 0.0, double d = 0.0) {
-  char text[160];
-  std::snprintf(text, sizeof text, pattern, a, b, c, d);
-  return text;
+  std::printf("\n%s%s\n", text.c_str(), decoder.finish().c_str());
 }
-
-}  // namespace train_detail
 
 inline void train(const Common& c, const TrainArguments& a) {
   using nibble::detail::require;
-  using train_detail::format;
   require(a.heads > 0 && a.dim % a.heads == 0 && a.dim / a.heads % 2 == 0, "--dim ", a.dim, " and --heads ",
           a.heads, ": expected heads of an even size");
+  require(wants_gguf(a.out), "output '", a.out, "': expected a name in .gguf");
   nibble::ThreadPool pool(c.threads);
   const std::string text = read_text(a.text), test = a.test.empty() ? std::string() : read_text(a.test);
   BpeOptions bpe;
@@ -107,86 +97,110 @@ inline void train(const Common& c, const TrainArguments& a) {
   options.pool = pool.threads() > 1 ? &pool : nullptr;
   LlamaTrainer trainer(h, options, dense_layer, !a.untied);
   const nibble::Parameters parameters = trainer.parameters();
-  train_detail::Adam adam(parameters, a.beta2, a.decay);
   TextWindows windows(tokens, a.window, a.seed, v.bos, tokenizer.encode("\n").at(0));
+  std::fprintf(stderr,
+               "nibble: %zu parameters; %zu training tokens (%.2f bytes each), %zu windows of %zu an epoch, %zu a "
+               "step\n",
+               nibble::count(parameters), tokens.size(),
+               static_cast<double>(text.size()) / static_cast<double>(tokens.size()), windows.windows_per_epoch(),
+               a.window, a.batch);
 
-  const double peak = measure_limits(pool).float_gops;
-  const std::size_t matmul_weights =
-      nibble::count(parameters) + (a.untied ? std::size_t{0} - h.vocabulary * h.dim : 0);
-  const double operations_a_token =
-      6.0 * static_cast<double>(matmul_weights) + 6.0 * static_cast<double>(h.layers * h.q_size() * a.window);
-  std::fprintf(
-      stderr,
-      "nibble: %zu parameters; %zu training tokens (%.2f bytes each), %zu windows of %zu an epoch, %zu a step\n",
-      nibble::count(parameters), tokens.size(),
-      static_cast<double>(text.size()) / static_cast<double>(tokens.size()), windows.windows_per_epoch(), a.window,
-      a.batch);
-
-  std::string csv =
-      "step,epoch,loss,learning_rate,gradient_norm,tokens_per_second,percent_of_peak,test_bits_per_byte\n";
-  std::vector<PlotPoint> curve;
+  /// Bits per byte of the test text: of its first windows, or of all of it.
   const auto bits = [&](std::size_t most) {
     const TextCost cost = text_cost(trainer, test_tokens, v.bos, most);
-    if (most == 0) return cost.bits(test.size());
     std::size_t bytes = 0;
     for (std::size_t i = 0; i < cost.tokens; ++i) bytes += tokenizer.piece(test_tokens[i]).size();
     return cost.bits(bytes);
   };
   const nibble::GgufType type = a.type == "f32" ? nibble::GgufType::f32 : nibble::GgufType::f16;
-  const double begin = limits_detail::seconds_now();
-  double best = 1e30, mean = 0.0, spent = 0.0;
-  std::size_t steps = a.steps, done = 0;
-  const std::size_t a_step = a.batch * a.window;
-  {
-    Progress progress("train", steps);
-    for (; done < steps; ++done) {
-      const double start = limits_detail::seconds_now();
-      const std::uint64_t step = done + 1;
-      const double warm = static_cast<double>(step) / static_cast<double>(std::max<std::size_t>(a.warmup, 1));
-      double through = static_cast<double>(done) / static_cast<double>(steps);
-      if (a.minutes > 0.0) through = std::min(1.0, std::max(0.0, (start - begin) / (60.0 * a.minutes)));
-      const double cosine = a.final_lr + (1.0 - a.final_lr) * 0.5 * (1.0 + std::cos(3.141592653589793 * through));
-      const double lr = a.lr * std::min(warm, cosine);
-      nibble::zero_gradients(parameters, options.pool);
-      trainer.begin_step(step);
-      const double loss = trainer.gradients(windows.batch(done, a.batch));
-      const double norm = nibble::clip_gradients(parameters, a.clip, options.pool, "step " + std::to_string(step));
-      adam.step(step, lr, options.pool);
-      spent += limits_detail::seconds_now() - start;
-      mean = done == 0 ? loss : 0.98 * mean + 0.02 * loss;
-      const double rate = static_cast<double>(a_step * (done + 1)) / spent;
-      const double share = 100.0 * rate * operations_a_token / (peak * 1e9);
-      const bool last = done + 1 == steps || (a.minutes > 0.0 && through >= 1.0);
-      std::string note;
-      if (!test.empty() && (step % a.evaluate_every == 0) && !last) {
-        const double b = bits(a.evaluate_windows);
-        best = std::min(best, b);
-        note = format("%.4f", b);
-        std::fprintf(
-            stderr, "nibble: step %zu, loss %.4f, test %.4f bits a byte, %.0f tokens/s, %.0f %% of peak, %.0f s\n",
-            done + 1, mean, b, rate, share, limits_detail::seconds_now() - begin);
-        curve.push_back({static_cast<double>(step), b, ""});
-        write_gguf(a.out, h, v, parameters, type);
-      }
-      csv += std::to_string(step) +
-             format(",%.4f,%.6f,%.8f",
-                    static_cast<double>(step * a.batch) / static_cast<double>(windows.windows_per_epoch()), loss,
-                    lr) +
-             format(",%.5f,%.1f,%.2f,", norm, rate, share) + note + "\n";
-      progress.step(format("loss %.4f, %.0f tokens/s, %.0f %% of peak", mean, rate, share));
-      if (!a.csv.empty() && step % 50 == 0) write_file(a.csv, csv);
-      if (last) break;
-    }
-  }
+  LoopOptions loop;
+  loop.schedule.kind = a.schedule == "linear"     ? nibble::ScheduleKind::linear
+                       : a.schedule == "constant" ? nibble::ScheduleKind::constant
+                                                  : nibble::ScheduleKind::cosine;
+  loop.schedule.peak = a.lr;
+  loop.schedule.floor = a.final_lr;
+  loop.schedule.steps = a.steps;
+  loop.schedule.warmup = std::min<std::uint64_t>(a.warmup, a.steps);
+  loop.adamw.beta2 = a.beta2;
+  loop.adamw.weight_decay = a.decay;
+  loop.adamw.eight_bit = a.eight_bit;
+  loop.clip = a.clip;
+  loop.minutes = a.minutes;
+  loop.evaluate_every = test.empty() ? 0 : a.evaluate_every;
+  loop.checkpoint = a.out + ".checkpoint";
+  loop.checkpoint_every = a.checkpoint_every;
+  loop.resume = a.resume;
+  loop.csv = a.csv;
+  loop.svg = a.svg;
+  loop.peak_gflops = measure_limits(pool).float_gops;
+  loop.tokens_a_step = a.batch * a.window;
+  // A tied embedding is multiplied as the output layer; one of its own is only looked up.
+  const std::size_t multiplied = nibble::count(parameters) - (a.untied ? h.vocabulary * h.dim : 0);
+  // Of attention's two products, a query meets half of the keys on average.
+  loop.operations_a_token =
+      6.0 * static_cast<double>(multiplied) + 6.0 * static_cast<double>(h.layers * h.q_size() * a.window);
+  loop.pool = options.pool;
+  loop.settings = {{"text", nibble::stream_of(text)},
+                   {"vocabulary", h.vocabulary},
+                   {"layers", h.layers},
+                   {"dim", h.dim},
+                   {"ffn", h.ffn},
+                   {"heads", h.heads},
+                   {"kv_heads", h.kv_heads},
+                   {"context", a.window},
+                   {"batch", a.batch},
+                   {"windows_at_once", a.windows_at_once},
+                   {"steps", a.steps},
+                   {"minutes", a.minutes},
+                   {"warmup", a.warmup},
+                   {"schedule", a.schedule},
+                   {"lr", a.lr},
+                   {"final_lr", a.final_lr},
+                   {"weight_decay", a.decay},
+                   {"clip", a.clip},
+                   {"beta2", a.beta2},
+                   {"dropout", a.dropout},
+                   {"seed", a.seed},
+                   {"products", a.products},
+                   {"eight_bit", a.eight_bit},
+                   {"untied", a.untied}};
+  LoopHooks hooks;
+  hooks.batch = [&](std::uint64_t step) { return windows.batch(step, a.batch); };
+  hooks.evaluate = [&] { return bits(a.evaluate_windows); };
+  const std::string best = (a.out.size() > 5 ? a.out.substr(0, a.out.size() - 5) : a.out) + ".best.gguf";
+  hooks.best = [&](std::size_t) { write_gguf(best, h, v, parameters, type); };
+  const LoopReport report = run_training(trainer, loop, hooks);
   write_gguf(a.out, h, v, parameters, type);
-  if (!a.csv.empty()) write_file(a.csv, csv);
+  std::error_code ignored;
+  std::filesystem::remove(loop.checkpoint, ignored);
+
+  nlohmann::json json = {{"model", a.out},
+                         {"text", a.text},
+                         {"settings", loop.settings},
+                         {"parameters", nibble::count(parameters)},
+                         {"training_tokens", tokens.size()},
+                         {"steps", report.steps},
+                         {"loss", report.loss},
+                         {"seconds", report.seconds},
+                         {"tokens_per_second", report.tokens_per_second},
+                         {"percent_of_peak", report.percent_of_peak},
+                         {"threads", pool.threads()}};
+  std::printf(
+      "%zu steps, %.1f epochs; loss of the last 50 steps %.4f; %.0f s, %.0f tokens/s, %.1f %% of %.0f GFLOP/s\n",
+      report.steps, static_cast<double>(report.steps * a.batch) / static_cast<double>(windows.windows_per_epoch()),
+      report.loss, report.seconds, report.tokens_per_second, report.percent_of_peak, loop.peak_gflops);
   if (!test.empty()) {
+    // Every byte of the text counts; windows overlap by half.
     const double b = bits(0);
-    std::printf("test: %.4f bits a byte over all of %zu bytes\n", b, test.size());
-    curve.push_back({static_cast<double>(done + 1), b, "all of the test text"});
+    std::printf("%s: %.4f bits a byte, over all of its %zu bytes\n", a.test.c_str(), b, test.size());
+    if (report.best_step != 0)
+      std::printf("the best look at its beginning was after step %zu: %.4f (%s)\n", report.best_step, report.best,
+                  best.c_str());
+    json["test_bits_per_byte"] = b;
+    json["best_step"] = report.best_step;
   }
-  if (!a.svg.empty()) write_file(a.svg, scatter_svg("Training", "step", "bits a byte, test", curve, curve));
-  std::printf("train: loss %.4f, %zu steps, %.1f s\n", mean, done + 1, limits_detail::seconds_now() - begin);
+  write_json(c, json);
+  say_sample(a.out, a.prompt, options.pool);
 }
 
 inline void add_train(CLI::App& app, Common& c, std::function<void()>& action) {
@@ -219,6 +233,13 @@ inline void add_train(CLI::App& app, Common& c, std::function<void()>& action) {
   number("--final-lr", a->final_lr, "What the cosine ends with, of --lr");
   number("--weight-decay", a->decay, "AdamW's");
   number("--clip", a->clip, "Largest norm of the gradients");
+  command->add_option("--schedule", a->schedule, "How the learning rate falls: cosine, linear or constant")
+      ->check(CLI::IsMember({"cosine", "linear", "constant"}))
+      ->capture_default_str();
+  command->add_flag("--eight-bit", a->eight_bit, "AdamW's moments in 8 bits");
+  command->add_flag("--resume", a->resume, "Go on from OUT.checkpoint, if it is there: to the same bits");
+  size("--checkpoint-every", a->checkpoint_every, "Steps between checkpoints");
+  command->add_option("--sample", a->prompt, "What the sample of text at the end begins with");
   number("--beta2", a->beta2, "AdamW's second moment");
   command->add_option("--dropout", a->dropout, "Of the embedding and the residual branches")
       ->check(CLI::Range(0.0, 0.9))
@@ -241,6 +262,7 @@ inline void add_train(CLI::App& app, Common& c, std::function<void()>& action) {
   command->add_option("--csv", a->csv, "Write every step's figures to this file");
   command->add_option("--svg", a->svg, "Plot the bits per byte to this file");
   add_threads(command, c);
+  add_common(command, c, false);
 }
 
 }  // namespace commands
