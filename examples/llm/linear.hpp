@@ -28,12 +28,15 @@ struct LinearExtras {
   std::size_t activation_group = 0;
   /// Activations beyond their static scale's codes are multiplied as floats; else they are clamped.
   bool activation_outliers = false;
+  /// Codes of the token itself, of so many bits; a scale a token, or one a token and group of inputs. 0: as one asks for.
+  unsigned activation_bits = 0;
+  bool activation_token = false;
   float outlier_threshold = 0.0F;  // LLM.int8(): activations from here on are multiplied as floats; 0: none are
   Eigen::VectorXf bias;            // of the outputs, or empty
 
   bool empty() const {
-    return hadamard.block == 0 && input_order.empty() && activation_scales.empty() && outlier_threshold == 0.0F &&
-           bias.size() == 0;
+    return hadamard.block == 0 && input_order.empty() && activation_scales.empty() && activation_bits == 0 &&
+           outlier_threshold == 0.0F && bias.size() == 0;
   }
   /// True where x'' differs from x.
   bool transforms_input() const { return hadamard.block != 0 || !input_order.empty(); }
@@ -74,6 +77,10 @@ inline void check(const LinearExtras& e, const std::string& name, std::size_t ro
   }
   require<FormatError>(std::isfinite(e.outlier_threshold) && e.outlier_threshold >= 0.0F, "'", name,
                        "' has an outlier threshold of ", e.outlier_threshold, ", expected 0 or more");
+  require<FormatError>(e.activation_bits == 0 || (e.activation_bits >= 2 && e.activation_bits <= 8), "'", name,
+                       "' has activations of ", e.activation_bits, " bits, expected 2 to 8");
+  require<FormatError>(e.activation_bits == 0 || e.activation_scales.empty(), "'", name,
+                       "' has static scales of activations and others made from each token");
   require<FormatError>(!e.activation_outliers || !e.activation_scales.empty(), "'", name,
                        "' has outliers of static scales, but no static scales");
   require<FormatError>(e.bias.size() == 0 || static_cast<std::size_t>(e.bias.size()) == rows, "'", name,

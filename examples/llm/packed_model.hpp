@@ -88,6 +88,7 @@ inline void add_linear_extras(nibble::PackedFileWriter& out, const Hparams& hpar
       add("linear:" + name + ".activation_scales", SafetensorsType::f32, e.activation_scales.data(),
           e.activation_scales.size());
     }
+    if (e.activation_bits != 0) json["dynamic"] = {{"bits", e.activation_bits}, {"token", e.activation_token}};
     if (e.outlier_threshold != 0.0F) json["outlier_threshold"] = e.outlier_threshold;
     if (e.bias.size() != 0) {
       json["bias"] = true;
@@ -148,6 +149,9 @@ inline std::map<std::string, LinearExtras> linear_extras_of(const nibble::Packed
           read("activation_scales", SafetensorsType::f32, &e.activation_scales);
         } else if (key == "static_outliers") {
           e.activation_outliers = value.get<bool>();
+        } else if (key == "dynamic") {
+          e.activation_bits = value.at("bits").get<unsigned>();
+          e.activation_token = value.at("token").get<bool>();
         } else if (key == "outlier_threshold") {
           e.outlier_threshold = value.get<float>();
         } else if (key == "bias") {

@@ -52,6 +52,8 @@ struct RunnerOptions {
   /// static scales, or apart from its outliers - or else as int8_grouped. int8_grouped: INT8 codes, a scale a token and
   /// group of inputs. int8: a scale a token.
   nibble::Activations activations = nibble::Activations::automatic;
+  /// Of codes in the blocks, 2 to 8, where activations is int8_grouped or int8.
+  unsigned activation_bits = 8;
   /// Above 0: LLM.int8() in all blocks, what activations says but for those from here on, which stay floats.
   float outlier_threshold = 0.0F;
   /// Of the output layer, where those of the blocks are no floats: fp32, or automatic, a scale a token and group.
@@ -231,6 +233,7 @@ class Runner {
     enum class Kind { floats, grouped, token, fixed, outliers, fixed_outliers };
     Kind kind = Kind::floats;
     std::size_t group = 0;                               // grouped; the rest beside outliers
+    unsigned bits = 8;                                   // grouped, token
     float threshold = 0.0F;                              // outliers
     const LinearExtras* transform = nullptr;             // nullptr: as it came
     const nibble::HadamardRotation* rotation = nullptr;  // transform's
@@ -243,7 +246,7 @@ class Runner {
              (transform != nullptr && o.transform != nullptr && transform->same_input(*o.transform));
     }
     bool same(const Form& o) const {
-      return kind == o.kind && group == o.group && threshold == o.threshold && same_input(o) &&
+      return kind == o.kind && group == o.group && bits == o.bits && threshold == o.threshold && same_input(o) &&
              (scales == o.scales || (scales != nullptr && o.scales != nullptr && scales->same_scales(*o.scales)));
     }
   };
@@ -256,7 +259,8 @@ class Runner {
     if (options_.activations == Activations::fp32 || !nibble::is_integer(w.format())) return form;
     if (!block && options_.output_activations == Activations::fp32) return form;
     const bool automatic = options_.activations == Activations::automatic;
-    const bool token = block && options_.activations == Activations::int8;
+    bool token = block && options_.activations == Activations::int8;
+    if (block && !automatic) form.bits = options_.activation_bits;
     float threshold = block ? options_.outlier_threshold : 0.0F;
     if (automatic && threshold == 0.0F && e != nullptr) {
       threshold = e->outlier_threshold;
@@ -264,6 +268,10 @@ class Runner {
         form.kind = e->activation_outliers ? Form::Kind::fixed_outliers : Form::Kind::fixed;
         form.scales = e;
         return form;
+      }
+      if (e->activation_bits != 0 && threshold == 0.0F) {
+        form.bits = e->activation_bits;
+        token = e->activation_token;
       }
     }
     // A scale for each group of inputs. With one a token, this size of model loses 4 % of its perplexity.
@@ -370,7 +378,7 @@ class Runner {
         const std::vector<float>& scales = form.scales->activation_scales;
         runner_.quantized_.assign_static(x, scales.data(), scales.size(), form.scales->activation_group, pool);
       } else {
-        runner_.quantized_.assign(x, kind, pool, form.group);
+        runner_.quantized_.assign(x, kind, pool, form.group, form.bits);
       }
       if (OutlierCounts* counts = runner_.options_.outliers) {
         counts->values += static_cast<std::uint64_t>(x.size());

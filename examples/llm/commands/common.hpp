@@ -51,8 +51,11 @@ inline RunnerOptions runner_options(const Common& c, const Model& model) {
   if (c.activations == "int8" || c.activations == "llm-int8") options.activations = Activations::int8_grouped;
   if (c.activations == "int8-token") options.activations = Activations::int8;
   if (c.activations == "llm-int8") options.outlier_threshold = c.outlier_threshold;
+  if (c.activations == "int4") options.activations = Activations::int8_grouped, options.activation_bits = 4;
+  if (c.activations == "int4-token") options.activations = Activations::int8, options.activation_bits = 4;
   // As the papers have it: the output layer stays out of these.
-  if (c.activations == "int8-token" || c.activations == "llm-int8" || c.activations == "int8-static")
+  if (c.activations == "int8-token" || c.activations == "llm-int8" || c.activations == "int8-static" ||
+      c.activations == "int4" || c.activations == "int4-token")
     options.output_activations = Activations::fp32;
   if (c.activations != "int8-static") return options;
   for (const Layer& l : model.layers)
@@ -145,10 +148,12 @@ inline void add_common(CLI::App* app, Common& c, bool runs) {
          "--activations", c.activations,
          "What integer weights are multiplied with. float: exact products of the dequantized weights; int8: "
          "codes, a "
-         "scale a token and 32 inputs; int8-token: a scale a token; int8-static: the file's scales; llm-int8: as "
-         "int8, but large activations stay floats (the output layer is float in these three); auto: as the "
+         "scale a token and 32 inputs; int8-token: a scale a token; int4 and int4-token: the same with codes of 4 "
+         "bits; int8-static: the file's scales; llm-int8: as "
+         "int8, but large activations stay floats (the output layer is float in these five); auto: as the "
          "file says, or else int8")
-      ->check(CLI::IsMember({"auto", "float", "int8", "int8-token", "int8-static", "llm-int8"}))
+      ->check(
+          CLI::IsMember({"auto", "float", "int8", "int8-token", "int4", "int4-token", "int8-static", "llm-int8"}))
       ->capture_default_str();
   app->add_option("--outlier-threshold", c.outlier_threshold, "From where on activations are large, for llm-int8")
       ->check(CLI::PositiveNumber)
