@@ -11,6 +11,7 @@
 #include "commands/generate.hpp"
 #include "commands/inspect.hpp"
 #include "commands/perplexity.hpp"
+#include "../train/commands/qat.hpp"
 #include "../train/commands/train.hpp"
 #include "commands/quantize.hpp"
 #include "nibble/nibble.hpp"
@@ -33,7 +34,8 @@ int run(int argc, char** argv) {
       "  nibble generate model.gguf --chat --prompt \"Why is the sky blue?\" --tokens 200\n"
       "  nibble generate model.gguf --prompts questions.txt --tokens 60\n"
       "  nibble bench model.gguf --prompt 512 --decode 64 --threads 1,2 --batch 1,8,32 --profile\n"
-      "  nibble compare model.gguf text.txt --formats fp32,int8,int4-g32,nf4 --svg plot.svg\n\n"
+      "  nibble compare model.gguf text.txt --formats fp32,int8,int4-g32,nf4 --svg plot.svg\n"
+      "  nibble qat model.gguf text.txt model-int3.safetensors --format int3 --test test.txt\n\n"
       "Exit status: 0 done, 1 it failed (a broken file, a full disk), 2 the arguments make no sense.");
   app.name("nibble");
   app.require_subcommand(1);
@@ -49,6 +51,7 @@ int run(int argc, char** argv) {
   llm::commands::add_bench(app, c, action);
   llm::commands::add_compare(app, c, action);
   llm::commands::add_train(app, c, action);
+  llm::commands::add_qat(app, c, action);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {

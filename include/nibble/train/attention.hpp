@@ -59,8 +59,12 @@ class CausalAttention {
         const Eigen::Index seen = first + n;
         Matrix q = s.take(size_, shared_ * n), p = s.take(seen, shared_ * n), o = s.take(size_, shared_ * n);
         gather(q_, item, first, n, q);
-        probabilities(item, first, n, q, p);
+        // As attention() has it, to the bit: the numerators meet the values, then each output is divided.
+        Matrix sums = s.take(1, shared_ * n);
+        numerators(item, first, n, q, p, sums);
         gemm(v_.block(item.kv_row, item.column, size_, seen), p, o, product_);
+        for (Eigen::Index c = 0; c < o.cols(); ++c)
+          o.col(c) = ((o.col(c).array() + 0.0F) * (1.0F / sums(0, c))).matrix();
         scatter(o, item, first, n, out);
         s.reset();
       }
@@ -89,7 +93,8 @@ class CausalAttention {
         Matrix p = s.take(seen, shared_ * n), ds = s.take(seen, shared_ * n);
         gather(q_, item, first, n, q);
         gather(dout, item, first, n, d);
-        probabilities(item, first, n, q, p);
+        Matrix sums = s.take(1, shared_ * n);
+        probabilities(item, first, n, q, p, sums);
         gemm(values.transpose(), d, ds, product_);
         for (Eigen::Index c = 0; c < ds.cols(); ++c) {
           const float mean = (p.col(c).array() * ds.col(c).array()).sum();
@@ -137,8 +142,8 @@ class CausalAttention {
     if (q_.cols() == 0) return;
     const Eigen::Index windows = (q_.cols() + window_ - 1) / window_;
     const Eigen::Index columns = shared_ * std::min(block_, window_);
-    const Eigen::Index floats =
-        padded(2 * padded(window_ * size_) + 2 * padded(size_ * columns) + 2 * padded(window_ * columns) + 16);
+    const Eigen::Index floats = padded(2 * padded(window_ * size_) + 2 * padded(size_ * columns) +
+                                       2 * padded(window_ * columns) + padded(columns) + 16);
     const std::size_t threads = options_.pool == nullptr ? 1 : static_cast<std::size_t>(options_.pool->threads());
     // Products inside take the threads' own workspaces, so this must not be one of them.
     Workspace own;
@@ -167,10 +172,10 @@ class CausalAttention {
       m.block((item.kv_head * shared_ + h) * size_, item.column + first, size_, n) = in.middleCols(h * n, n);
   }
 
-  /// p: a column a query, softmax over the keys that it sees, 0 below.
-  void probabilities(const Item& item, Eigen::Index first, Eigen::Index n, const Matrix& q, Matrix& p) const {
+  /// p: a column a query, softmax's numerators of the keys that it sees, 0 below; sums: theirs.
+  void numerators(const Item& item, Eigen::Index first, Eigen::Index n, const Matrix& q, Matrix& p,
+                  Matrix& sums) const {
     gemm(k_.block(item.kv_row, item.column, size_, p.rows()).transpose(), q, p, product_);
-    float sums[64];
     for (Eigen::Index h = 0; h < shared_; ++h) {
       SoftmaxArgs args;
       args.x = p.col(h * n).data();
@@ -178,10 +183,15 @@ class CausalAttention {
       args.rows = static_cast<std::size_t>(n);
       args.n = static_cast<std::size_t>(p.rows());
       args.first_visible = static_cast<std::size_t>(first) + 1;
-      args.sums = sums;
+      args.sums = sums.data() + h * n;
       kernels_.softmax(args);
-      for (Eigen::Index c = 0; c < n; ++c) p.col(h * n + c) *= 1.0F / sums[c];
     }
+  }
+  /// p: softmax itself.
+  void probabilities(const Item& item, Eigen::Index first, Eigen::Index n, const Matrix& q, Matrix& p,
+                     Matrix& sums) const {
+    numerators(item, first, n, q, p, sums);
+    for (Eigen::Index c = 0; c < p.cols(); ++c) p.col(c) *= 1.0F / sums(0, c);
   }
 
   /// sum += a b^T.
@@ -203,7 +213,7 @@ class CausalAttention {
 
 }  // namespace detail
 
-/// out = V softmax(K^T q) for every query over the keys that it may see. Scores are not scaled: queries bring their
+/// out = V softmax(K^T q) for every query over the keys that it may see: the bits of attention() with fp32 caches. Scores are not scaled: queries bring their
 /// 1 / sqrt(head_size). Shapes as AttentionShape says; out is as q. Throws InvalidArgument where shapes do not fit.
 inline void causal_attention(const AttentionShape& shape, const ConstMatrixRef& q, const ConstMatrixRef& k,
                              const ConstMatrixRef& v, MatrixRef out, const TrainOptions& options = {}) {
