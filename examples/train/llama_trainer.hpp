@@ -73,7 +73,7 @@ inline std::unique_ptr<nibble::LinearLayer> dense_layer(const LayerSource& sourc
 
 struct LlamaTrainerOptions {
   std::size_t window = 256;         // tokens of a sequence
-  std::size_t windows_at_once = 8;  // forward and backward together; gradients of more are added up in order
+  std::size_t windows_at_once = 4;  // forward and backward together; gradients of more are added up in order
   bool checkpointing = false;       // keep only what goes into a block, and compute the rest again
   float dropout = 0.0F;             // of the embedding, and of what every block's two branches add
   std::uint64_t seed = 0;           // of dropout, and of fresh weights

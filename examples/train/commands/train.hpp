@@ -26,7 +26,7 @@ struct TrainArguments {
   std::string text, out, test, csv, svg, name = "nibble-trained", products = "fp32", type = "f16",
                                          schedule = "cosine", prompt;
   std::size_t vocabulary = 2048, layers = 6, dim = 256, ffn = 768, heads = 8, kv_heads = 8, window = 256;
-  std::size_t batch = 16, windows_at_once = 8, steps = 2000, warmup = 100, evaluate_every = 250,
+  std::size_t batch = 16, windows_at_once = 4, steps = 2000, warmup = 100, evaluate_every = 250,
               evaluate_windows = 128, checkpoint_every = 200;
   double minutes = 0.0, lr = 2e-3, final_lr = 0.05, decay = 0.1, clip = 1.0, beta2 = 0.95;
   float dropout = 0.1F;
