@@ -11,12 +11,14 @@
 #include <vector>
 
 #include "hparams.hpp"
+#include "nibble/gemm/pack.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
 #include "nibble/ptq/hadamard.hpp"
+#include "nibble/train/low_rank.hpp"
 
 namespace llm {
 
-/// y = W x'' + bias, where the input goes through, in this order and each only if it is there,
+/// y = W x'' + bias + side.scale side.b side.a x, where the input goes through, in this order and each only if it is there,
 ///   x'  = R^T x             a Hadamard rotation (HadamardRotation), the same for every token
 ///   x'' = x'[input_order]   column k of W multiplies input input_order[k]: GPTQ's act-order
 /// and is then quantized, if the product is of integers.
@@ -33,10 +35,11 @@ struct LinearExtras {
   bool activation_token = false;
   float outlier_threshold = 0.0F;  // LLM.int8(): activations from here on are multiplied as floats; 0: none are
   Eigen::VectorXf bias;            // of the outputs, or empty
+  nibble::LowRank side;  // multiplied in floats beside W: an adapter, or what W's rounding lost; or empty
 
   bool empty() const {
     return hadamard.block == 0 && input_order.empty() && activation_scales.empty() && activation_bits == 0 &&
-           outlier_threshold == 0.0F && bias.size() == 0;
+           outlier_threshold == 0.0F && bias.size() == 0 && side.empty();
   }
   /// True where x'' differs from x.
   bool transforms_input() const { return hadamard.block != 0 || !input_order.empty(); }
@@ -86,7 +89,38 @@ inline void check(const LinearExtras& e, const std::string& name, std::size_t ro
   require<FormatError>(e.bias.size() == 0 || static_cast<std::size_t>(e.bias.size()) == rows, "'", name,
                        "' has a bias of ", e.bias.size(), " elements, expected ", rows);
   require<FormatError>(e.bias.allFinite(), "'", name, "' has a bias that is not finite");
+  require<FormatError>(
+      e.side.empty() || (static_cast<std::size_t>(e.side.rows()) == rows &&
+                         static_cast<std::size_t>(e.side.cols()) == cols && e.side.b.cols() == e.side.rank()),
+      "'", name, "' has a side term of ", e.side.rows(), " x ", e.side.cols(), ", expected ", rows, " x ", cols);
+  require<FormatError>(e.side.a.allFinite() && e.side.b.allFinite() && std::isfinite(e.side.scale), "'", name,
+                       "' has a side term that is not finite");
 }
+
+/// A side term as products take it: y += b (a x).
+struct PackedSide {
+  nibble::PackedMatrix a;  // r x cols
+  nibble::PackedMatrix b;  // rows x r, times the scale
+
+  explicit PackedSide(const nibble::LowRank& side)
+      : a(packed(side.a)), b(packed((side.b.cast<double>() * side.scale).cast<float>())) {}
+
+ private:
+  /// As FP16 where that holds every value.
+  static nibble::PackedMatrix packed(const nibble::RowMajorMatrix& m) {
+    const auto n = static_cast<std::size_t>(m.size());
+    nibble::Buffer codes(2 * n);
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::uint16_t bits = nibble::fp16_from_float(m.data()[i]);
+      if (nibble::float_from_fp16(bits) != m.data()[i]) return nibble::pack(m);
+      codes.as_mutable<std::uint16_t>()[i] = bits;
+    }
+    nibble::Scheme scheme;
+    scheme.format = nibble::Format::fp16;
+    return nibble::pack(nibble::QuantizedTensor::from_parts(
+        scheme, {static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols())}, std::move(codes)));
+  }
+};
 
 /// Cheap to copy: weights and extras are shared.
 class Linear {
@@ -99,6 +133,7 @@ class Linear {
     if (extras.empty()) return;
     check(extras, name, static_cast<std::size_t>(weights_.rows()), static_cast<std::size_t>(weights_.cols()));
     if (extras.hadamard.block != 0) rotation_ = rotation_of(extras.hadamard, weights_.cols());
+    if (!extras.side.empty()) side_ = std::make_shared<const PackedSide>(extras.side);
     extras_ = std::make_shared<const LinearExtras>(std::move(extras));
   }
 
@@ -107,17 +142,22 @@ class Linear {
   const LinearExtras* extras() const { return extras_.get(); }
   /// nullptr: none.
   const nibble::HadamardRotation* rotation() const { return rotation_.get(); }
+  /// nullptr: none.
+  const PackedSide* side() const { return side_.get(); }
   bool transforms_input() const { return extras_ != nullptr && extras_->transforms_input(); }
 
   Eigen::Index rows() const { return weights_.rows(); }
   Eigen::Index cols() const { return weights_.cols(); }
   nibble::Format format() const { return weights_.format(); }
-  std::size_t byte_size() const { return weights_.byte_size(); }
+  std::size_t byte_size() const {
+    return weights_.byte_size() + (side_ == nullptr ? 0 : side_->a.byte_size() + side_->b.byte_size());
+  }
 
  private:
   nibble::PackedMatrix weights_;
   std::shared_ptr<const LinearExtras> extras_;
   std::shared_ptr<const nibble::HadamardRotation> rotation_;
+  std::shared_ptr<const PackedSide> side_;
 };
 
 /// The weights that inputs as they come meet: of the matrix `stored` (rows x cols, column k for input_order[k]) of a
@@ -129,11 +169,16 @@ void undo_input_transform(const LinearExtras& e, Eigen::PlainObjectBase<Derived>
     for (std::size_t k = 0; k < e.input_order.size(); ++k)
       stored.col(static_cast<Eigen::Index>(e.input_order[k])) = ordered.col(static_cast<Eigen::Index>(k));
   }
-  if (e.hadamard.block == 0) return;
-  // W x' = W R^T x: the rows of W R^T are R times those of W.
-  Eigen::MatrixXf transposed = stored.transpose();
-  rotation_of(e.hadamard, stored.cols())->unrotate(transposed);
-  stored = transposed.transpose();
+  if (e.hadamard.block != 0) {
+    // W x' = W R^T x: the rows of W R^T are R times those of W.
+    Eigen::MatrixXf transposed = stored.transpose();
+    rotation_of(e.hadamard, stored.cols())->unrotate(transposed);
+    stored = transposed.transpose();
+  }
+  if (e.side.empty()) return;
+  nibble::RowMajorMatrix merged = stored;
+  nibble::merge_low_rank(e.side, merged);
+  stored = merged;
 }
 
 }  // namespace llm

@@ -63,6 +63,48 @@ inline bool is_linear_tensor(const std::string& name) {
 
 inline constexpr std::uint32_t linear_extras_version = 1;
 
+namespace packed_detail {
+
+inline void add_side(nibble::PackedFileWriter& out, const std::string& name, const nibble::RowMajorMatrix& m) {
+  const auto n = static_cast<std::size_t>(m.size());
+  const std::vector<std::size_t> shape = {static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols())};
+  nibble::Buffer halves(2 * n);
+  bool exact = true;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint16_t bits = nibble::fp16_from_float(m.data()[i]);
+    exact = exact && nibble::float_from_fp16(bits) == m.data()[i];
+    halves.as_mutable<std::uint16_t>()[i] = bits;
+  }
+  if (exact) {
+    out.add_tensor(name, nibble::SafetensorsType::f16, shape, std::move(halves));
+    return;
+  }
+  nibble::Buffer floats(4 * n);
+  if (n != 0) std::memcpy(floats.mutable_data(), m.data(), 4 * n);
+  out.add_tensor(name, nibble::SafetensorsType::f32, shape, std::move(floats));
+}
+
+/// What add_side() wrote, rows x cols.
+inline nibble::RowMajorMatrix side_of(const nibble::PackedFile& file, const std::string& name, Eigen::Index rows,
+                                      Eigen::Index cols) {
+  const nibble::SafetensorsTensor* t = file.find_tensor(name);
+  nibble::detail::require<nibble::FormatError>(
+      t != nullptr && t->shape.size() == 2 && t->shape[0] == static_cast<std::size_t>(rows) &&
+          t->shape[1] == static_cast<std::size_t>(cols) &&
+          (t->type == nibble::SafetensorsType::f16 || t->type == nibble::SafetensorsType::f32),
+      "packed model: '", name, "' is missing, or not F16 or F32 of ", rows, " x ", cols);
+  nibble::RowMajorMatrix m(rows, cols);
+  if (t->type == nibble::SafetensorsType::f32) {
+    nibble::detail::copy_bytes(m.data(), t->data.data(), t->data.size());
+    return m;
+  }
+  const std::vector<std::uint16_t> bits = t->values<std::uint16_t>();
+  for (std::size_t i = 0; i < bits.size(); ++i) m.data()[i] = nibble::float_from_fp16(bits[i]);
+  return m;
+}
+
+}  // namespace packed_detail
+
 /// Adds what linear layers need beside their weights, by the name of the matrix; and the mark that a file with a
 /// rotation needs. As add_model_data: before the first data.
 inline void add_linear_extras(nibble::PackedFileWriter& out, const Hparams& hparams,
@@ -94,6 +136,12 @@ inline void add_linear_extras(nibble::PackedFileWriter& out, const Hparams& hpar
       json["bias"] = true;
       add("linear:" + name + ".bias", SafetensorsType::f32, e.bias.data(),
           static_cast<std::size_t>(e.bias.size()));
+    }
+    if (!e.side.empty()) {
+      // fp16 a value where that is exact, as merging makes them.
+      json["side"] = {{"rank", e.side.rank()}, {"scale", e.side.scale}};
+      packed_detail::add_side(out, "linear:" + name + ".side_a", e.side.a);
+      packed_detail::add_side(out, "linear:" + name + ".side_b", e.side.b);
     }
     linears[name] = std::move(json);
   }
@@ -158,6 +206,13 @@ inline std::map<std::string, LinearExtras> linear_extras_of(const nibble::Packed
           std::vector<float> bias;
           read("bias", SafetensorsType::f32, &bias);
           e.bias = Eigen::Map<const Eigen::VectorXf>(bias.data(), static_cast<Eigen::Index>(bias.size()));
+        } else if (key == "side") {
+          const auto rank = value.at("rank").get<std::int64_t>();
+          require<FormatError>(rank >= 1 && rank <= 65536, "packed model: '", name, "' has a side term of rank ",
+                               rank);
+          e.side.scale = value.at("scale").get<double>();
+          e.side.a = packed_detail::side_of(file, "linear:" + name + ".side_a", rank, matrix->cols());
+          e.side.b = packed_detail::side_of(file, "linear:" + name + ".side_b", matrix->rows(), rank);
         } else {
           nibble::detail::raise<Unsupported>("packed model: '" + name + "' has the field '" + key +
                                              "', which this program does not know");

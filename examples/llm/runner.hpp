@@ -7,6 +7,7 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <initializer_list>
@@ -99,6 +100,17 @@ class Runner {
     bool transforms = model.output.transforms_input();
     for (const Layer& l : model.layers)
       for (const Linear* w : l.linears()) transforms = transforms || w->transforms_input();
+    Eigen::Index side_rank = 0, side_rows = 0;
+    for (const Layer& l : model.layers)
+      for (const Linear* w : l.linears())
+        if (w->side() != nullptr) {
+          side_rank = std::max(side_rank, w->side()->a.rows());
+          side_rows = std::max(side_rows, w->rows());
+        }
+    if (side_rank > 0) {
+      side_input_.resize(side_rank * block);
+      for (Eigen::VectorXf& side : sides_) side.resize(side_rows * block);
+    }
     if (transforms) transformed_.resize(index(std::max({h_.dim, h_.q_size(), h_.ffn})), block);
   }
 
@@ -294,7 +306,7 @@ class Runner {
       options.pool = runner_.options_.pool;
       options.workspace = &runner_.workspace_;
       nibble::GroupedProduct grouped[4];
-      std::size_t count = 0;
+      std::size_t count = 0, side = 0;
       Work work;
       const auto flush = [&] {
         nibble::matmul_grouped(grouped, count, options);
@@ -304,7 +316,9 @@ class Runner {
         const Form form = runner_.form_of(p.w, block_);
         work += work_of(p.w, form.kind != Kind::floats);
         if (block_ && runner_.options_.observer != nullptr) runner_.options_.observer->see(p.w, transformed(form));
-        const nibble::Epilogue epilogue = runner_.epilogue_of(p, n_);
+        nibble::Epilogue epilogue;
+        if (p.w.side() != nullptr) epilogue.add(runner_.multiply_side(*p.w.side(), x_, n_, side++));
+        epilogue.append(runner_.epilogue_of(p, n_));
         // Codes that other products have yet to read stay until then.
         if (form.kind != Kind::floats && !(ready_ && form.same(form_))) {
           flush();
@@ -404,6 +418,19 @@ class Runner {
     if (p.then == Then::add) epilogue.add(x_.leftCols(n));
     if (p.then == Then::gate) epilogue.silu().multiply(up_.leftCols(n));
     return epilogue;
+  }
+
+  /// The `which`-th of a group's side terms times x, rows x n, valid until the next group.
+  Eigen::Map<const Matrix> multiply_side(const PackedSide& side, const Matrix& x, Eigen::Index n,
+                                         std::size_t which) {
+    nibble::MatmulOptions options;
+    options.activations = nibble::Activations::fp32;
+    options.pool = options_.pool;
+    options.workspace = &workspace_;
+    Eigen::Map<Matrix> u(side_input_.data(), side.a.rows(), n), y(sides_[which].data(), side.b.rows(), n);
+    nibble::matmul(side.a, x.leftCols(n), u, options);
+    nibble::matmul(side.b, u, y, options);
+    return {y.data(), y.rows(), y.cols()};
   }
 
   /// The pieces' tokens through all layers: x_ holds their hidden states after the last, piece after piece.
@@ -526,9 +553,11 @@ class Runner {
   Matrix gate_;
   Matrix up_;
   Matrix logits_;
-  Matrix transformed_;               // an input rotated or reordered, if some layer wants that
-  Eigen::VectorXf ordered_;          // a token of it
-  std::vector<Position> positions_;  // of the tokens in this forward pass
+  Matrix transformed_;                    // an input rotated or reordered, if some layer wants that
+  Eigen::VectorXf ordered_;               // a token of it
+  Eigen::VectorXf side_input_;            // a side term's a x, if some layer has one
+  std::array<Eigen::VectorXf, 4> sides_;  // and what they add to the products of a group
+  std::vector<Position> positions_;       // of the tokens in this forward pass
   std::vector<nibble::AttentionSpan> spans_;
 };
 

@@ -8,6 +8,7 @@
 
 #include "../perplexity.hpp"
 #include "../progress.hpp"
+#include "../../train/merge_model.hpp"
 #include "../runner.hpp"
 #include "common.hpp"
 
@@ -16,6 +17,7 @@ namespace commands {
 
 struct PerplexityArguments {
   std::string text;
+  std::string adapter;
   std::size_t context = 512;
   std::size_t windows = 0;  // 0: all
 };
@@ -23,6 +25,11 @@ struct PerplexityArguments {
 inline void perplexity(const Common& c, const PerplexityArguments& a) {
   const std::string text = read_text(a.text);
   Session s(c);
+  if (!a.adapter.empty()) {
+    const auto file = open_model(c.model);
+    const LlamaAdapter adapter = read_llama_adapter(a.adapter, file->hparams());
+    attach_adapter(s.model, *file, adapter, adapter_base_of(adapter), s.workers());
+  }
   const std::vector<Token> tokens = s.tokenizer->encode(text);
   const std::size_t available = tokens.size() / a.context;
   nibble::detail::require(available > 0, "'", a.text, "' has ", tokens.size(), " tokens, a window takes ",
@@ -54,6 +61,7 @@ inline void perplexity(const Common& c, const PerplexityArguments& a) {
                 100.0 * outliers.share());
   write_json(c, {{"model", c.model},
                  {"text", a.text},
+                 {"adapter", a.adapter},
                  {"activations", c.activations},
                  {"kv", c.kv},
                  {"perplexity", result.perplexity()},
@@ -75,6 +83,12 @@ inline void add_perplexity(CLI::App& app, Common& c, std::function<void()>& acti
       action, [&c, a] { perplexity(c, *a); });
   add_model(command, c);
   command->add_option("text", a->text, "A text file")->required()->check(CLI::ExistingFile);
+  command
+      ->add_option(
+          "--adapter", a->adapter,
+          "A LoRA adapter beside the weights, unmerged: a folder in PEFT's layout. Weights are quantized as it "
+          "says")
+      ->check(CLI::ExistingDirectory);
   command->add_option("--context", a->context, "Tokens of a window")
       ->check(CLI::Range(std::size_t{4}, std::size_t{1} << 20))
       ->capture_default_str();
