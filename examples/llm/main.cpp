@@ -5,6 +5,7 @@
 #include <new>
 #include <string>
 
+#include "../train/commands/finetune.hpp"
 #include "../train/commands/merge.hpp"
 #include "commands/bench.hpp"
 #include "commands/common.hpp"
@@ -53,6 +54,7 @@ int run(int argc, char** argv) {
   llm::commands::add_compare(app, c, action);
   llm::commands::add_train(app, c, action);
   llm::commands::add_qat(app, c, action);
+  llm::commands::add_finetune(app, c, action);
   llm::commands::add_merge(app, c, action);
   try {
     app.parse(argc, argv);
