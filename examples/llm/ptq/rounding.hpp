@@ -195,10 +195,7 @@ inline nibble::QuantizedTensor round_matrix(const WeightMatrix& w, const MatrixP
   if (plan.double_quant_block != 0 && nibble::has_scales(scheme.format)) {
     nibble::DoubleQuantOptions twice;
     twice.block = plan.double_quant_block;
-    // GPTQ's codes make up for each other; others are the nearest, on whatever scales.
-    nibble::DoubleQuantizedTensor compact = rounding == Rounding::gptq
-                                                ? nibble::double_quantize(q, twice)
-                                                : nibble::double_quantize(q, w, twice, pool);
+    nibble::DoubleQuantizedTensor compact = nibble::double_quantize(q, twice);
     report.bytes = compact.byte_size();
     q = std::move(compact.tensor);
   } else {

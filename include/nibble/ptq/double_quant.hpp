@@ -22,10 +22,7 @@
 #include "nibble/core/buffer.hpp"
 #include "nibble/core/error.hpp"
 #include "nibble/core/fp_env.hpp"
-#include "nibble/core/thread_pool.hpp"
 #include "nibble/formats/dynamic_map.hpp"
-#include "nibble/gemm/view.hpp"
-#include "nibble/ptq/weight_grids.hpp"
 #include "nibble/quantize/line_codec.hpp"
 #include "nibble/quantize/quantized_tensor.hpp"
 #include "nibble/quantize/range.hpp"
@@ -195,26 +192,6 @@ inline DoubleQuantizedTensor double_quantize(const QuantizedTensor& q, const Dou
   DoubleQuantizedTensor result;
   result.scales = double_quantize_scales(scales, options, detail::used_params(q));
   result.tensor = detail::with_scales(q, result.scales.decode());
-  return result;
-}
-
-/// The same, and every weight of w (what q was made of, rows x cols with groups along the columns) goes to its nearest
-/// value on the decoded scales: for codes that were each the nearest before, too. Throws InvalidArgument for another
-/// shape and for what WeightGrids refuses.
-inline DoubleQuantizedTensor double_quantize(const QuantizedTensor& q, const ConstWeightsRef& w,
-                                             const DoubleQuantOptions& options = {}, ThreadPool* pool = nullptr) {
-  detail::require(q.rank() == 2 && q.shape()[0] == static_cast<std::size_t>(w.rows()) &&
-                      q.shape()[1] == static_cast<std::size_t>(w.cols()),
-                  "double quantization: w is ", w.rows(), " x ", w.cols(), ", expected the shape of the tensor");
-  DoubleQuantizedTensor result = double_quantize(q, options);
-  const QuantizedTensor& decoded = result.tensor;
-  WeightGrids grids(decoded.scheme(), w.rows(), w.cols());
-  for (Eigen::Index row = 0; row < grids.rows(); ++row) {
-    const detail::LineParams where = decoded.line_params(static_cast<std::size_t>(row));
-    for (Eigen::Index g = 0; g < grids.groups(); ++g)
-      grids.set(row, g, decoded.grid(where.index(static_cast<std::size_t>(g * grids.group_size()))));
-  }
-  result.tensor = detail::with_scales(grids.assemble(grids.encode(w, pool)), result.scales.decode());
   return result;
 }
 
