@@ -139,15 +139,15 @@ constexpr double step_slack = 0.02;
 
 TEST(PtqGptq, FollowsTheOptimalBrainQuantizer) {
   int checked = 0;
-  for (const Eigen::Index k : {1, 40, 80})
+  for (const Eigen::Index k : {1, 40, 80}) {
+    const RowMajorMatrix w = random_weights(5, k, 3);
+    const Hessian h = hessian_of(correlated(k, 4 * k + 5, 4));
     for (const std::size_t group : {std::size_t{0}, std::size_t{16}, std::size_t{32}})
       for (const Scheme& scheme : schemes(group))
         for (const bool act_order : {false, true})
           for (const bool static_groups : {false, true}) {
             SCOPED_TRACE(text_of(scheme) + " K " + std::to_string(k) + (act_order ? " act-order" : "") +
                          (static_groups ? " static" : ""));
-            const RowMajorMatrix w = random_weights(5, k, 3);
-            const Hessian h = hessian_of(correlated(k, 4 * k + 5, 4));
             GptqOptions options;
             options.act_order = act_order;
             options.static_groups = static_groups;
@@ -159,6 +159,7 @@ TEST(PtqGptq, FollowsTheOptimalBrainQuantizer) {
             ASSERT_NO_FATAL_FAILURE(follow(w, h, result, options, step_slack));
             ++checked;
           }
+  }
   EXPECT_EQ(checked, 3 * 3 * 20 * 4);
 }
 
@@ -188,11 +189,12 @@ TEST(PtqGptq, BlocksChangeRoundingErrorsAlone) {
 
 TEST(PtqGptq, LongGroupsAndManyInputs) {
   // More inputs than a superblock has, groups that end inside one.
-  const Eigen::Index k = 1500;
+  const Eigen::Index k = 1100;
   const RowMajorMatrix w = random_weights(3, k, 8);
-  const Hessian h = hessian_of(correlated(k, 2000, 9));
-  for (const std::size_t group : {std::size_t{16}, std::size_t{192}, std::size_t{1264}})
+  const Hessian h = hessian_of(correlated(k, 1500, 9));
+  for (const std::size_t group : {std::size_t{16}, std::size_t{192}, std::size_t{1056}})
     for (const bool static_groups : {false, true}) {
+      if (static_groups && group == 1056) continue;  // each costs two factorizations
       const Scheme scheme{Format::int4, Symmetry::asymmetric, Granularity::per_group(group, 1), ScaleType::fp32,
                           false};
       GptqOptions options;

@@ -43,15 +43,20 @@ for pair in "plain avx2" "plain v4" "avx2 v4"; do
 done
 
 echo "== crossing"
-# What links with what does not depend on optimization, and the kernels compile in a third of the time without.
+# What links with what does not depend on optimization, and the kernels compile in a third of the time without: once a
+# setting, for what crosses is not theirs.
+kernels() { build -O0 -DNIBBLE_EXTERN_KERNELS -DNIBBLE_DEFINE_KERNELS -c "$source/cmake/kernels.cpp" "$@"; }
+kernels -o "$work/kernels.o"
+kernels -mavx2 -mfma -mf16c -o "$work/kernels_avx2.o"
+cross() { build -O0 -DNIBBLE_EXTERN_KERNELS -c "$here/crossing.cpp" "$@"; }
 for crossing in 1 2 3 4 5; do
-  build -O0 -DCROSSING=$crossing -DSIDE=0 -c "$here/crossing.cpp" -o "$work/caller.o"
-  build -O0 -DCROSSING=$crossing -DSIDE=1 -c "$here/crossing.cpp" -o "$work/same.o"
-  build -O0 -mavx2 -mfma -mf16c -DCROSSING=$crossing -DSIDE=1 -c "$here/crossing.cpp" -o "$work/other.o"
+  cross -DCROSSING=$crossing -DSIDE=0 -o "$work/caller.o"
+  cross -DCROSSING=$crossing -DSIDE=1 -o "$work/same.o"
+  cross -mavx2 -mfma -mf16c -DCROSSING=$crossing -DSIDE=1 -o "$work/other.o"
   # The same setting links and runs, so that a failure below has the one cause that is meant.
-  build "$work/caller.o" "$work/same.o" -o "$work/same"
+  build "$work/caller.o" "$work/same.o" "$work/kernels.o" -o "$work/same"
   "$work/same"
-  if build "$work/caller.o" "$work/other.o" -o "$work/crossed" 2>"$work/log"; then linked=yes; else linked=no; fi
+  if build "$work/caller.o" "$work/other.o" "$work/kernels.o" "$work/kernels_avx2.o" -o "$work/crossed" 2>"$work/log"; then linked=yes; else linked=no; fi
   case $crossing in
     1 | 2 | 3)
       echo "crossing $crossing (a Nibble type): linked=$linked"

@@ -4,7 +4,7 @@
 usage: compile_cost.py INCLUDE_DIR EIGEN_INCLUDE_DIR COMPILER LIMIT_SECONDS
 
 Eigen's own: <Eigen/Core> and <unsupported/Eigen/CXX11/Tensor>, which the umbrella's interface speaks. Both files are
-compiled at -O2 five times, alternating; the smallest time of each counts, for noise only adds. Exit status 77: skipped.
+compiled at -O2 three times, alternating; the smallest time of each counts, for noise only adds. Exit status 77: skipped.
 """
 import os
 import resource
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def cpu_seconds(command):
