@@ -81,7 +81,7 @@ TEST_F(Program, BadArgumentsGetOneLineAndStatus2) {
                                 "quantize " + model + " out.safetensors --format int4 --keep '['",
                                 "quantize " + model + " out.safetensors --format int4 --method magic",
                                 "quantize " + model + " out.safetensors --format int4 --symmetric --float-offset",
-                                "generate " + model + " --activations int4",
+                                "generate " + model + " --activations int5",
                                 "generate " + model + " --prompts /no/such/file",
                                 "generate " + model + " --prompts " + model + " --prompt x",
                                 "generate " + model + " --sequences 0",

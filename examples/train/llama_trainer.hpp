@@ -16,6 +16,7 @@
 
 #include "../llm/block.hpp"
 #include "../llm/block_training.hpp"
+#include "../llm/math.hpp"
 #include "../llm/model_file.hpp"
 #include "nibble/gemm/matmul.hpp"
 #include "nibble/train/cross_entropy.hpp"
@@ -424,9 +425,12 @@ class LlamaTrainer {
       const Eigen::Index count = std::min(chunk, x.cols() - begin);
       logits_.resize(layer.rows(), count);
       layer.forward(normed_.middleCols(begin, count), logits_, train, {});
+      if (scale == 0.0F) {
+        evaluated(batch, first + static_cast<std::size_t>(begin), loss);
+        continue;
+      }
       nibble::detail::cross_entropy_chunk(logits_, batch.targets, static_cast<Eigen::Index>(first) + begin,
-                                          no_token, scale != 0.0F, static_cast<double>(scale), loss, train);
-      if (scale == 0.0F) continue;
+                                          no_token, true, static_cast<double>(scale), loss, train);
       nibble::MatrixRef d(dx.middleCols(begin, count));
       layer.backward(normed_.middleCols(begin, count), logits_, &d, nibble::Gradient::set, train);
     }
@@ -439,6 +443,22 @@ class LlamaTrainer {
                               nullptr, train);
     if (options_.train_norms) norm_gradients_.back() += dweight_;
     return dx;
+  }
+
+  /// The losses of the tokens from `first` on whose logits are there, as the runner's perplexity sums them.
+  void evaluated(const TokenBatch& batch, std::size_t first, std::vector<double>& loss) {
+    nibble::detail::for_chunks(options_.pool, logits_.cols(),
+                               [&](Eigen::Index begin, Eigen::Index count, std::size_t) {
+                                 for (Eigen::Index t = begin; t < begin + count; ++t) {
+                                   const std::size_t token = first + static_cast<std::size_t>(t);
+                                   if (batch.targets[token] == no_token) continue;
+                                   const float* l = logits_.col(t).data();
+                                   loss[token] = log_sum_exp(l, static_cast<std::size_t>(logits_.rows())) -
+                                                 static_cast<double>(l[batch.targets[token]]);
+                                 }
+                               });
+    for (std::size_t t = first; t < first + static_cast<std::size_t>(logits_.cols()); ++t)
+      nibble::detail::require(std::isfinite(loss[t]), "logits of token ", t, " are not all finite");
   }
 
   void backward(const TokenBatch& batch, std::size_t first, std::size_t n, Matrix& dy) {
