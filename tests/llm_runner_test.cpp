@@ -368,6 +368,48 @@ TEST(Stories260K, SaysItsGoldenText) {
   EXPECT_EQ(text, golden);
 }
 
+// Trained here and always there. Its text has one form: products have the same bits on every ISA.
+TEST(ShippedModel, SaysItsText) {
+  const auto file = llm::open_model(llm_test::shipped_file("nibble-austen.gguf"));
+  const llm::Tokenizer tokenizer(file->vocabulary());
+  const llm::Model weights = llm::load_model(*file);
+  llm::RunnerOptions options;
+  options.context = 64;
+  llm::Runner runner(weights, options);
+  auto cache = runner.new_cache();
+  llm::StreamDecoder decoder(tokenizer, false);
+  const std::vector<Token> prompt = tokenizer.encode("Anne could not");
+  const float* logits = runner.append(cache, prompt.data(), prompt.size());
+  std::string text;
+  for (int i = 0; i < 40; ++i) {
+    const Token token = llm::argmax(logits, weights.hparams.vocabulary);
+    text += decoder.push(token);
+    logits = runner.append(cache, &token, 1);
+  }
+  EXPECT_EQ(
+      text,
+      " be in the habit of a crowd.\nTheir party were now in the drawing-room, and the two gentlemen were in the "
+      "drawing-room, and the two");
+}
+
+TEST(ShippedModel, KnowsItsLanguage) {
+  nibble::ThreadPool pool(2);
+  const auto file = llm::open_model(llm_test::shipped_file("nibble-austen.gguf"));
+  const llm::Tokenizer tokenizer(file->vocabulary());
+  const llm::Model weights = llm::load_model(*file, &pool);
+  const std::string text = llm_test::read_file(llm_test::shipped_file("persuasion.txt"));
+  const std::vector<Token> tokens = tokenizer.encode(text);
+  llm::RunnerOptions options;
+  options.context = 256;
+  options.pool = &pool;
+  llm::Runner runner(weights, options);
+  const auto result = llm::perplexity(runner, tokens, 256, 8, &pool, [](const llm::PerplexityResult&) {});
+  ASSERT_EQ(result.windows, 8U);
+  const double bytes_a_token = static_cast<double>(text.size()) / static_cast<double>(tokens.size());
+  // What was promised of the whole novel; xz -9 needs 2.37.
+  EXPECT_LT(std::log2(result.perplexity()) / bytes_a_token, 1.95);
+}
+
 TEST(SmolLM2, PerplexityIsTheReferenceOne) {
   const std::string model = llm_test::model_file(), text = llm_test::data_file("wiki.test.raw");
   if (model.empty() || text.empty()) GTEST_SKIP() << "NIBBLE_MODEL or NIBBLE_DATA is not set";

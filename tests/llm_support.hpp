@@ -54,6 +54,12 @@ inline std::string data_file(const std::string& name) {
   return std::filesystem::exists(path) ? path : "";
 }
 
+/// A file of examples/models/; CTest says where the source is.
+inline std::string shipped_file(const std::string& name) {
+  const char* source = std::getenv("NIBBLE_SOURCE_DIR");
+  return std::string(source == nullptr ? "." : source) + "/examples/models/" + name;
+}
+
 /// The SmolLM2 GGUF that $NIBBLE_MODEL names, or "".
 inline std::string model_file() {
   const char* path = std::getenv("NIBBLE_MODEL");

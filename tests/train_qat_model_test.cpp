@@ -116,6 +116,12 @@ TEST(QatModel, TrainingComputesWhatIsDeployed) {
   check_model(stories, "int3", false);
 }
 
+// A second model, which is always there.
+TEST(QatModel, TrainingTheShippedModelComputesWhatIsDeployed) {
+  for (const char* format : {"int3", "w4a4"})
+    check_model(llm_test::shipped_file("nibble-austen.gguf"), format, true);
+}
+
 TEST(QatModel, FormatsByName) {
   EXPECT_FALSE(llm::qat_plan("float"));
   const llm::QatPlan w4a4 = llm::qat_plan("w4a4");
