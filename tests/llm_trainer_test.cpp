@@ -16,6 +16,7 @@
 #include "llm/perplexity.hpp"
 #include "llm/runner.hpp"
 #include "llm_support.hpp"
+#include "nibble/train/lora.hpp"
 #include "train/bpe_trainer.hpp"
 #include "train/data.hpp"
 #include "train/llama_trainer.hpp"
@@ -59,6 +60,14 @@ void stir(const nibble::Parameters& ps) {
   for (const nibble::Parameter& p : ps)
     for (std::size_t i = 0; i < p.size; ++i) p.value[i] += normal(random);
 }
+/// Low ranks with a dropout of their own.
+std::unique_ptr<nibble::LinearLayer> lora_layer(const LayerSource& source) {
+  nibble::LoraOptions o;
+  o.rank = 2;
+  o.alpha = 2.0;
+  o.dropout = 0.3F;
+  return std::make_unique<nibble::LoraLinear>(source.name, source.values(), o);
+}
 std::vector<float> all_gradients(const nibble::Parameters& ps) {
   std::vector<float> all;
   for (const nibble::Parameter& p : ps) all.insert(all.end(), p.gradient, p.gradient + p.size);
@@ -81,20 +90,25 @@ TEST(LlamaTrainer, GradientsAreDifferences) {
       nibble::zero_gradients(ps);
       (void)loss();
       const std::vector<float> g = all_gradients(ps);
-      // The loss, of order 4, is right to about 1e-6 (float chains of some 30 roundings of values of order 1); over steps
-      // of 2h = 2^-6 that is 1e-4 of noise. The difference's own error is h^2 / 6 times a third derivative of order 10:
-      // 1e-4. Their sum, five times.
+      // The loss, of order 4, is right to about 1e-6 (float chains of some 30 roundings of values of order 1). Differences
+      // over 2h and 4h, h = 2^-7, are combined so that the third derivative (up to some hundreds, of keys) falls out:
+      // noise of 1e-6 * 18 / (12h) = 2e-4 is left, and h^4 / 30 times a fifth derivative of order 1e5, 1e-5. Five times
+      // their sum.
       const float h = 0x1p-7F;
       std::size_t at = 0;
       for (const nibble::Parameter& p : ps) {
         for (std::size_t i = 0; i < p.size; i += std::max<std::size_t>(1, p.size / 3)) {
           const float was = p.value[i];
-          p.value[i] = was + h;
-          const double up = loss();
-          p.value[i] = was - h;
-          const double down = loss();
-          p.value[i] = was;
-          EXPECT_NEAR(static_cast<double>(g[at + i]), (up - down) / (2.0 * static_cast<double>(h)), 1e-3)
+          const auto difference = [&](float step) {
+            p.value[i] = was + step;
+            const double up = loss();
+            p.value[i] = was - step;
+            const double down = loss();
+            p.value[i] = was;
+            return up - down;
+          };
+          const double expected = (8.0 * difference(h) - difference(2.0F * h)) / (12.0 * static_cast<double>(h));
+          EXPECT_NEAR(static_cast<double>(g[at + i]), expected, 1e-3)
               << p.name << " " << i << ", tied " << tied << ", dropout " << dropout;
         }
         at += p.size;
@@ -104,43 +118,47 @@ TEST(LlamaTrainer, GradientsAreDifferences) {
 
 TEST(LlamaTrainer, ThreadsAndCheckpointingChangeNoBits) {
   nibble::ThreadPool pool(3);
-  std::vector<float> expected;
-  double loss = 0.0;
-  for (const bool checkpointing : {false, true})
-    for (nibble::ThreadPool* threads : {static_cast<nibble::ThreadPool*>(nullptr), &pool}) {
-      LlamaTrainerOptions o = options_of(16);
-      o.dropout = 0.2F;
-      o.checkpointing = checkpointing;
-      o.pool = threads;
-      LlamaTrainer trainer(tiny(), o);
-      const nibble::Parameters ps = trainer.parameters();
-      stir(ps);
-      nibble::zero_gradients(ps);
-      trainer.begin_step(1);
-      const double l = trainer.gradients(batch_of(5, o.window, 37));
-      if (expected.empty()) expected = all_gradients(ps), loss = l;
-      EXPECT_EQ(l, loss);
-      EXPECT_EQ(all_gradients(ps), expected);
-    }
+  for (const LayerFactory& factory : {LayerFactory(dense_layer), LayerFactory(lora_layer)}) {
+    std::vector<float> expected;
+    double loss = 0.0;
+    for (const bool checkpointing : {false, true})
+      for (nibble::ThreadPool* threads : {static_cast<nibble::ThreadPool*>(nullptr), &pool}) {
+        LlamaTrainerOptions o = options_of(16);
+        o.dropout = 0.2F;
+        o.checkpointing = checkpointing;
+        o.pool = threads;
+        LlamaTrainer trainer(tiny(), o, factory);
+        const nibble::Parameters ps = trainer.parameters();
+        stir(ps);
+        nibble::zero_gradients(ps);
+        trainer.begin_step(1);
+        const double l = trainer.gradients(batch_of(5, o.window, 37));
+        if (expected.empty()) expected = all_gradients(ps), loss = l;
+        EXPECT_EQ(l, loss);
+        EXPECT_EQ(all_gradients(ps), expected);
+      }
+  }
 }
 
 TEST(LlamaTrainer, PiecesOfABatchAddUp) {
   // Same dropout, same sums but for their order: 5 windows of 16, gradients of order 0.1, each a sum of 80 products.
-  std::vector<std::vector<float>> found;
-  for (const std::size_t at_once : {1U, 2U, 5U}) {
-    LlamaTrainerOptions o = options_of(16);
-    o.dropout = 0.2F;
-    o.windows_at_once = at_once;
-    LlamaTrainer trainer(tiny(), o);
-    const nibble::Parameters ps = trainer.parameters();
-    stir(ps);
-    nibble::zero_gradients(ps);
-    trainer.begin_step(1);
-    (void)trainer.gradients(batch_of(5, o.window, 37));
-    found.push_back(all_gradients(ps));
+  for (const LayerFactory& factory : {LayerFactory(dense_layer), LayerFactory(lora_layer)}) {
+    std::vector<std::vector<float>> found;
+    for (const std::size_t at_once : {1U, 2U, 5U}) {
+      LlamaTrainerOptions o = options_of(16);
+      o.dropout = 0.2F;
+      o.windows_at_once = at_once;
+      LlamaTrainer trainer(tiny(), o, factory);
+      const nibble::Parameters ps = trainer.parameters();
+      stir(ps);
+      nibble::zero_gradients(ps);
+      trainer.begin_step(1);
+      (void)trainer.gradients(batch_of(5, o.window, 37));
+      found.push_back(all_gradients(ps));
+    }
+    for (std::size_t k = 1; k < found.size(); ++k)
+      for (std::size_t i = 0; i < found[0].size(); ++i) ASSERT_NEAR(found[k][i], found[0][i], 2e-5F) << i;
   }
-  for (std::size_t k = 1; k < found.size(); ++k)
-    for (std::size_t i = 0; i < found[0].size(); ++i) ASSERT_NEAR(found[k][i], found[0][i], 2e-5F) << i;
 }
 
 TEST(LlamaTrainer, WrongBatchesAndNumbersAreRefused) {

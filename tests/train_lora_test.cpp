@@ -181,6 +181,32 @@ TEST(TrainLora, DropoutIsDrawnByStepAndNameAndScalesWhatItKeeps) {
   EXPECT_TRUE((second.row(0).array() == 1.0F).all());
 }
 
+TEST(TrainLora, PartsOfABatchHaveTheMasksOfTheWhole) {
+  LoraLinear layer = layer_of(true, options_of(0.25F));
+  layer.set_low_rank(random_low_rank(n, k, rank, layer.options().scale()));
+  layer.begin_step(3);
+  // The same tokens twice: what differs between the halves are the masks.
+  Eigen::MatrixXf x(k, 80), dy(n, 80);
+  x << random_matrix(k, 40, 3), random_matrix(k, 40, 3);
+  dy << random_matrix(n, 40, 4), random_matrix(n, 40, 4);
+  Eigen::MatrixXf whole(n, 80), whole_dx(k, 80);
+  layer.forward(x, whole, {});
+  MatrixRef to(whole_dx);
+  layer.backward(x, dy, &to, Gradient::set, {});
+  EXPECT_NE(Eigen::MatrixXf(whole.leftCols(40)), Eigen::MatrixXf(whole.rightCols(40)));
+  EXPECT_NE(Eigen::MatrixXf(whole_dx.leftCols(40)), Eigen::MatrixXf(whole_dx.rightCols(40)));
+  for (const Eigen::Index first : {0, 40}) {
+    TrainOptions part;
+    part.first_column = first;
+    Eigen::MatrixXf y(n, 40), dx(k, 40);
+    layer.forward(x.middleCols(first, 40), y, part);
+    MatrixRef part_to(dx);
+    layer.backward(x.middleCols(first, 40), dy.middleCols(first, 40), &part_to, Gradient::set, part);
+    EXPECT_EQ(y, Eigen::MatrixXf(whole.middleCols(first, 40)));
+    EXPECT_EQ(dx, Eigen::MatrixXf(whole_dx.middleCols(first, 40)));
+  }
+}
+
 TEST(TrainLora, StartsAsTheFrozenWeightsAndRoundsToBfloat16) {
   LoraOptions options = options_of();
   options.values = Format::bf16;

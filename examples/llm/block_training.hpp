@@ -52,12 +52,11 @@ struct BlockActivations {
   Eigen::MatrixXf attention_norm, query, key, value, attended, hidden, ffn_norm, gate, up, gated;
 };
 
-/// Dropout of what a block adds to the residual stream (Vaswani 2017, section 5.4): which elements go depends on the seed
-/// (of the step and the layer), the branch and the place in the step's batch, on nothing else.
+/// Dropout of what a block adds to the residual stream (Vaswani 2017, section 5.4). The key is that of the attention branch;
+/// the other branch's stream is the next. Its first column counts for the block's layers, too.
 struct ResidualDropout {
-  float rate = 0.0F;
-  std::uint64_t seed = 0;
-  std::size_t first_column = 0;  // of these tokens, in the batch of the step
+  double rate = 0.0;
+  nibble::DropoutKey key;
 };
 
 /// Runs blocks of one model forward and backward. Hidden states are as BlockRunner's; results have the same bits for any
@@ -90,6 +89,7 @@ class BlockTrainer {
                const ResidualDropout& dropout = {}) {
     nibble::detail::require(static_cast<std::size_t>(x.rows()) == h_.dim, "hidden states have ", x.rows(),
                             " rows, expected ", h_.dim);
+    train_.first_column = dropout.key.first_column;
     norm(x, *block.attention_norm.weight, a.attention_norm);
     multiply(block[BlockMatrix::query], a.attention_norm, a.query);
     multiply(block[BlockMatrix::key], a.attention_norm, a.key);
@@ -122,6 +122,7 @@ class BlockTrainer {
     nibble::detail::require_shape(x, a.hidden.rows(), a.hidden.cols(), "x");
     nibble::detail::require_shape(dy, a.hidden.rows(), a.hidden.cols(), "dy");
     constexpr nibble::Gradient set = nibble::Gradient::set, add = nibble::Gradient::add;
+    train_.first_column = dropout.key.first_column;
 
     backward(block[BlockMatrix::down], a.gated, branch(dy, dropout, 1), &dgate_, set);
     dup_.resize(dgate_.rows(), dgate_.cols());
@@ -171,34 +172,6 @@ class BlockTrainer {
       layers.block.ffn_norm.gradient = &out.ffn_norm;
     }
     backward(layers.block, x, own_, dy, dx, {}, dx != nullptr || wanted[0] || wanted[1] || wanted[2]);
-  }
-
-  /// out = base + dropped(branch), or without base dropped(branch): an element goes with probability `rate`, what stays is
-  /// divided by 1 - rate. out may be either.
-  void drop(const Matrix& values, const Matrix* base, Matrix& out, const ResidualDropout& dropout,
-            std::uint64_t which) const {
-    out.resize(values.rows(), values.cols());
-    const auto cut = static_cast<std::uint32_t>(std::lround(static_cast<double>(dropout.rate) * 65536.0));
-    const float keep[2] = {1.0F / (1.0F - dropout.rate), 0.0F};
-    const std::uint64_t key = nibble::detail::mix64(dropout.seed + which);
-    nibble::detail::for_chunks(options_.pool, values.cols(), [&](Eigen::Index first, Eigen::Index n, std::size_t) {
-      const Eigen::Index rows = values.rows(), fours = (rows + 3) / 4;
-      for (Eigen::Index t = first; t < first + n; ++t) {
-        const float* from = values.col(t).data();
-        const float* plus = base == nullptr ? nullptr : base->col(t).data();
-        float* to = out.col(t).data();
-        const std::uint64_t counter =
-            (static_cast<std::uint64_t>(t) + dropout.first_column) * static_cast<std::uint64_t>(fours);
-        for (Eigen::Index i = 0; i < rows; i += 4) {
-          std::uint64_t bits =
-              nibble::detail::mix64(key + 0x9E3779B97F4A7C15U * (counter + static_cast<std::uint64_t>(i / 4)));
-          for (Eigen::Index j = i; j < std::min(i + 4, rows); ++j, bits >>= 16) {
-            const float dropped = from[j] * keep[(bits & 0xFFFFU) < cut ? 1 : 0];
-            to[j] = plus == nullptr ? dropped : dropped + plus[j];
-          }
-        }
-      }
-    });
   }
 
  private:
@@ -256,16 +229,23 @@ class BlockTrainer {
     y.resize(w.rows(), x.cols());
     w.forward(x, y, train_, epilogue);
   }
+  static nibble::DropoutKey key_of(const ResidualDropout& dropout, std::uint64_t which) {
+    nibble::DropoutKey key = dropout.key;
+    key.stream += which;
+    return key;
+  }
   /// y = base + dropped(w x).
   void add_branch(nibble::LinearLayer& w, const Matrix& x, const Matrix& base, Matrix& y,
                   const ResidualDropout& dropout, std::uint64_t which) {
-    if (dropout.rate == 0.0F) return multiply(w, x, y, nibble::Epilogue().add(base));
+    if (dropout.rate == 0.0) return multiply(w, x, y, nibble::Epilogue().add(base));
     multiply(w, x, branch_);
-    drop(branch_, &base, y, dropout, which);
+    y = base;
+    nibble::dropout(branch_, y, dropout.rate, key_of(dropout, which), train_, nibble::Gradient::add);
   }
   const Matrix& branch(const Matrix& d, const ResidualDropout& dropout, std::uint64_t which) {
-    if (dropout.rate == 0.0F) return d;
-    drop(d, nullptr, branch_, dropout, which);
+    if (dropout.rate == 0.0) return d;
+    branch_.resize(d.rows(), d.cols());
+    nibble::dropout_backward(d, branch_, dropout.rate, key_of(dropout, which), train_);
     return branch_;
   }
   void backward(nibble::LinearLayer& w, const Matrix& x, const Matrix& dy, Matrix* dx, nibble::Gradient how) {

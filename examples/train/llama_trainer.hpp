@@ -364,10 +364,14 @@ class LlamaTrainer {
   }
   ResidualDropout dropout_of(std::size_t layer, std::size_t first, float rate) const {
     ResidualDropout d;
-    d.rate = rate;
-    d.seed = nibble::detail::mix64(nibble::detail::mix64(options_.seed) + step_) + 2 * layer;
-    d.first_column = first;
+    d.rate = static_cast<double>(rate);
+    d.key = {options_.seed, step_, 2 * layer, static_cast<Eigen::Index>(first)};
     return d;
+  }
+  /// Of the embedding forward, and of its gradient.
+  void drop_embedding(Matrix& x, std::size_t first, float rate) const {
+    const ResidualDropout d = dropout_of(h_.layers, first, rate);
+    if (rate > 0.0F) nibble::dropout(x, x, d.rate, d.key, blocks_.train_options());
   }
 
   /// inputs_[l]: what goes into block l; the last: what comes out of the last block.
@@ -383,7 +387,7 @@ class LlamaTrainer {
           frozen_table_->weights().dequantize_row(row, x.col(i).data());
       }
     });
-    if (rate > 0.0F) blocks_.drop(x, nullptr, x, dropout_of(h_.layers, first, rate), 0);
+    drop_embedding(x, first, rate);
     if (keep) activations_.resize(h_.layers);
     if (!keep && activations_.empty()) activations_.resize(1);
     for (std::size_t l = 0; l < h_.layers; ++l)
@@ -473,7 +477,7 @@ class LlamaTrainer {
       if (!last) dy.swap(dx_);
     }
     if (!table_) return;
-    if (options_.dropout > 0.0F) blocks_.drop(dy, nullptr, dy, dropout_of(h_.layers, first, options_.dropout), 0);
+    drop_embedding(dy, first, options_.dropout);
     const std::vector<Token> tokens(batch.inputs.begin() + static_cast<std::ptrdiff_t>(first),
                                     batch.inputs.begin() + static_cast<std::ptrdiff_t>(first + n));
     nibble::embedding_backward(tokens, dy, nibble::RowMajorRef(table_->gradient()), blocks_.train_options());

@@ -16,6 +16,7 @@
 #include "nibble/gemm/dense.hpp"
 #include "nibble/gemm/matmul.hpp"
 #include "nibble/gemm/packed_matrix.hpp"
+#include "nibble/train/dropout.hpp"
 #include "nibble/train/linear_layer.hpp"
 #include "nibble/train/low_rank.hpp"
 
@@ -46,12 +47,6 @@ inline Workspace& lora_workspace() {
   return workspace;
 }
 
-inline std::uint64_t hash_of(std::string_view text) noexcept {  // FNV-1a
-  std::uint64_t h = 0xCBF29CE484222325U;
-  for (const char c : text) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001B3U;
-  return h;
-}
-
 }  // namespace detail
 
 /// y = W x + scale B (A dropout(x)), W frozen: dense floats, or packed in any format (NF4 with double-quantized scales, say).
@@ -59,8 +54,8 @@ inline std::uint64_t hash_of(std::string_view text) noexcept {  // FNV-1a
 /// and sum in floats as gemm() does, so results are those of the dequantized matrix.
 ///
 /// A (r x K) starts uniform in +-1 / sqrt(K), as PEFT's do (Kaiming with slope sqrt(5)); B (N x r) starts 0: y = W x. Dropout
-/// draws element (k, t) from (seed, name, step, k, t) alone: forward() again in a step has the same bits, and so has every
-/// number of threads. Packed weights are multiplied in fp32 whatever TrainOptions::products says.
+/// is dropout()'s: it draws element (k, t) from (seed, name, step, k, TrainOptions::first_column + t) alone. So forward()
+/// again in a step has the same bits, and so have parts of a batch and every number of threads. Packed weights are multiplied in fp32 whatever TrainOptions::products says.
 class LoraLinear : public LinearLayer {
  public:
   /// name: makes layers of one seed differ. Throws InvalidArgument for options out of range.
@@ -154,8 +149,7 @@ class LoraLinear : public LinearLayer {
       return;
     }
     gemm(v.a().transpose(), s.g, s.dropped, product(options));
-    each_token(options, x.cols(),
-               [&](Eigen::Index t) { drop(t, s.dropped.col(t).data(), dx->col(t).data(), true); });
+    dropout_backward(s.dropped, *dx, static_cast<double>(options_.dropout), key(options), options, Gradient::add);
   }
 
   /// Two parameters: `prefix` + "lora_A" (r x K, row-major) and "lora_B" (N x r, column-major).
@@ -226,20 +220,23 @@ class LoraLinear : public LinearLayer {
     detail::require(options.values == Format::fp32 || options.values == Format::bf16, "LoRA in ",
                     name_of(options.values), ", expected fp32 or bf16");
     options_ = options;
-    seed_ = detail::mixed_bits(options.seed, detail::hash_of(name));
-    threshold_ = std::min(65535U, static_cast<unsigned>(std::lround(options.dropout * 65536.0F)));
-    kept_scale_ = 65536.0F / static_cast<float>(65536U - threshold_);
+    stream_ = stream_of(name);
+    drops_ = detail::dropout_threshold(static_cast<double>(options.dropout)) != 0;
     scales_ = Eigen::VectorXf::Constant(options.rank, static_cast<float>(options.scale()));
     a_.resize(options.rank, cols());
     const float bound = cols() == 0 ? 0.0F : 1.0F / std::sqrt(static_cast<float>(cols()));
+    const std::uint64_t seed = detail::mixed_bits(options.seed, stream_);
     for (Eigen::Index i = 0; i < a_.size(); ++i)
-      a_.data()[i] = bound * detail::mixed_uniform(seed_, static_cast<std::uint64_t>(i));
+      a_.data()[i] = bound * detail::mixed_uniform(seed, static_cast<std::uint64_t>(i));
     b_ = Eigen::MatrixXf::Zero(rows(), options.rank);
     da_ = RowMajorMatrix::Zero(options.rank, cols());
     db_ = Eigen::MatrixXf::Zero(rows(), options.rank);
   }
 
-  bool dropping() const noexcept { return dropout_on_ && threshold_ != 0; }
+  bool dropping() const noexcept { return dropout_on_ && drops_; }
+  DropoutKey key(const TrainOptions& options) const noexcept {
+    return {options_.seed, step_, stream_, options.first_column};
+  }
 
   static TrainOptions fp32(TrainOptions options) {
     options.products = Activations::fp32;
@@ -263,41 +260,17 @@ class LoraLinear : public LinearLayer {
       gemm(v.a(), x, s.u, product(options, scaled));
       return;
     }
-    each_token(options, x.cols(),
-               [&](Eigen::Index t) { drop(t, x.data() + t * x.outerStride(), s.dropped.col(t).data(), false); });
+    nibble::dropout(x, s.dropped, static_cast<double>(options_.dropout), key(options), options);
     gemm(v.a(), s.dropped, s.u, product(options, scaled));
-  }
-
-  /// out = mask of token t times in, or added to what is there. 16 bits a decision, four out of a word.
-  void drop(Eigen::Index t, const float* in, float* out, bool add) const noexcept {
-    const std::uint64_t key =
-        detail::mixed_bits(detail::mixed_bits(seed_ ^ 0x5DEECE66DU, step_), static_cast<std::uint64_t>(t));
-    const Eigen::Index n = cols();
-    for (Eigen::Index k = 0; k < n; k += 4) {
-      std::uint64_t bits = detail::mixed_bits(key, static_cast<std::uint64_t>(k));
-      for (Eigen::Index i = k; i < std::min(k + 4, n); ++i, bits >>= 16) {
-        const float value = (bits & 0xFFFFU) >= threshold_ ? detail::rounded(in[i] * kept_scale_) : 0.0F;
-        out[i] = add ? out[i] + value : value;
-      }
-    }
-  }
-
-  template <class F>
-  static void each_token(const TrainOptions& options, Eigen::Index tokens, F&& f) {
-    detail::for_chunks(options.pool, tokens, [&](Eigen::Index first, Eigen::Index n, std::size_t) {
-      const detail::FpEnvironment environment;
-      for (Eigen::Index t = first; t < first + n; ++t) f(t);
-    });
   }
 
   PackedMatrix packed_;
   RowMajorMatrix dense_;
   bool is_packed_;
   LoraOptions options_;
-  std::uint64_t seed_ = 0;
+  std::uint64_t stream_ = 0;
   std::uint64_t step_ = 0;
-  unsigned threshold_ = 0;  // of 65536: below it a value is dropped
-  float kept_scale_ = 1.0F;
+  bool drops_ = false;  // the rate is above 0
   bool dropout_on_ = true;
   Eigen::VectorXf scales_;  // scale, r times: what an epilogue takes
   RowMajorMatrix a_;        // r x K

@@ -1,6 +1,7 @@
 // How functions of training run.
 #pragma once
 
+#include <Eigen/Core>
 #include <optional>
 
 #include "nibble/core/thread_pool.hpp"
@@ -19,6 +20,9 @@ struct TrainOptions {
   /// AVX512-BF16 (others compute the same bits, slowly).
   Activations products = Activations::fp32;
   std::optional<Isa> isa = {};  ///< empty: the best that the CPU and NIBBLE_MAX_ISA allow
+  /// Of the columns given, in the whole batch of a step: what is drawn by column draws for parts of a batch what it would
+  /// for the whole.
+  Eigen::Index first_column = 0;
 };
 
 namespace detail {
