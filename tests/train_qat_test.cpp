@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -623,6 +624,18 @@ TEST(QatLinear, DelayedStartAndFrozenScales) {
         p.value[i] -= 1e-2F * p.gradient[i] + (&p != &ps[0] ? 1e-3F : 0.0F);  // momentum of sorts
         p.gradient[i] = 0.0F;
       }
+    layer.end_step();
+    if (step < 4) continue;
+    // Who goes on with these parameters, from a checkpoint say, goes on with the frozen grids.
+    QatLinear resumed(random_weights(8, 32, 72), options);
+    Parameters qs;
+    resumed.append_parameters("", qs);
+    for (std::size_t p = 0; p < ps.size(); ++p) std::copy_n(ps[p].value, ps[p].size, qs[p].value);
+    resumed.begin_step(step + 1);
+    for (std::size_t p = 0; p < 8; ++p) {
+      EXPECT_EQ(resumed.grids().grid(p).scale, frozen[p]);
+      EXPECT_EQ(resumed.grids().grid(p).offset, layer.grids().grid(p).offset);
+    }
   }
 }
 

@@ -42,6 +42,8 @@ class LinearLayer {
 
   /// Before the first forward() of a step, after the parameters have changed: what is done once a step.
   virtual void begin_step(std::uint64_t /*step*/) {}
+  /// After the parameters have changed, before they are kept anywhere: what was not to change is put back.
+  virtual void end_step() {}
 
  protected:
   LinearLayer() = default;

@@ -207,6 +207,12 @@ class LearnedWeightGrids {
     frozen_ = frozen;
   }
   bool frozen() const noexcept { return frozen_; }
+  /// The parameters of frozen grids become what they were frozen at, so that a checkpoint has the grids in use.
+  void restore_frozen() {
+    if (!frozen_) return;
+    std::copy(kept_log_scale_.begin(), kept_log_scale_.end(), log_scale_.begin());
+    std::copy(kept_centre_.begin(), kept_centre_.end(), centre_.begin());
+  }
 
   /// The grid of parameter p as it is stored. Throws InvalidArgument where it is not finite there.
   Grid grid(std::size_t p) const {
@@ -464,6 +470,12 @@ class LearnedActivations {
     frozen_ = frozen;
   }
   bool frozen() const noexcept { return frozen_; }
+  /// As LearnedWeightGrids::restore_frozen().
+  void restore_frozen() {
+    if (!frozen_) return;
+    std::copy(kept_log_scale_.begin(), kept_log_scale_.end(), log_scale_.begin());
+    centre_ = kept_centre_;
+  }
 
   /// The grid as it is now; its scales stay here until the next call.
   StaticGrid grid() {

@@ -134,6 +134,12 @@ class QatLinear : public LinearLayer {
     if ((step >= s.scale_freeze) != grids_.frozen()) freeze_scales(step >= s.scale_freeze);
   }
 
+  /// Frozen scales stay what they are in the parameters, too, whatever momentum an optimizer had.
+  void end_step() override {
+    grids_.restore_frozen();
+    if (learned_) learned_->restore_frozen();
+  }
+
   /// The weights as they are deployed.
   QuantizedTensor quantized(ThreadPool* pool = nullptr) const {
     return options_.learn_scales ? grids_.quantize(weight_, pool)
