@@ -288,7 +288,16 @@ inline void write_peft_adapter(const std::string& folder, const PeftAdapter& ada
             ", its configuration says ", scale);
   }
   std::error_code failed;
-  std::filesystem::create_directories(folder, failed);
+  // A folder that was made and stays empty, for lack of space, goes again.
+  struct Made {
+    const std::string& folder;
+    bool made = false;
+    ~Made() {
+      std::error_code not_empty;
+      if (made) std::filesystem::remove(folder, not_empty);
+    }
+  } made{folder};
+  made.made = std::filesystem::create_directories(folder, failed);
   if (failed) detail::raise<IoError>("cannot make the folder '" + folder + "': " + failed.message());
   SafetensorsWriter tensors(folder + "/adapter_model.safetensors");
   tensors.add_metadata("format", "pt");
