@@ -1,57 +1,19 @@
 // The program `nibble` from outside: exit statuses, one line of error, JSON, streams.
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
-#include "llm_support.hpp"
+#include "llm_program_support.hpp"
 
 namespace {
 
-std::string program() {
-#if defined(NIBBLE_CLI)
-  return NIBBLE_CLI;
-#else
-  const char* path = std::getenv("NIBBLE_CLI");
-  return path == nullptr ? "" : path;
-#endif
-}
+using llm_test::lines;
 
-std::size_t lines(const std::string& text) {
-  return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
-}
-
-class Program : public ::testing::Test {
+class Program : public llm_test::ProgramTest {
  protected:
-  void SetUp() override {
-    if (program().empty()) GTEST_SKIP() << "NIBBLE_CLI does not name the program";
-  }
-
-  struct Result {
-    int status = -1;
-    std::string out;
-    std::string err;
-  };
-
-  Result run(const std::string& arguments) const {
-    const std::string command = "'" + program() + "' " + arguments + " > '" + (folder_ / "out") + "' 2> '" +
-                                (folder_ / "err") + "' < /dev/null";
-    const int status = std::system(command.c_str());
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, llm_test::read_file(folder_ / "out"),
-            llm_test::read_file(folder_ / "err")};
-  }
-
-  nlohmann::json json() const {
-    return nlohmann::json::parse(llm_test::read_file(folder_ / "j.json"), nullptr, false);
-  }
-
   std::string stories() const { return llm_test::data_file("stories260K.gguf"); }
-  std::string file(const std::string& name) const { return folder_ / name; }
-
-  llm_test::TempFolder folder_;
 };
 
 TEST_F(Program, BadArgumentsGetOneLineAndStatus2) {

@@ -144,6 +144,7 @@ class LlamaTrainer {
       require<nibble::FormatError>(t.rank() == 2, "'", name, "' has ", t.rank(), " dimensions, expected 2");
       WeightMatrix w(static_cast<Eigen::Index>(t.shape()[0]), static_cast<Eigen::Index>(t.shape()[1]));
       t.dequantize(w.data(), options_.pool);
+      require_finite(w.data(), w.size(), name);
       if (e != nullptr) {
         check(*e, name, t.shape()[0], t.shape()[1]);
         undo_input_transform(*e, w);
@@ -157,8 +158,13 @@ class LlamaTrainer {
       for (const char* name : {"token_embd.weight", "output.weight"})
         require<nibble::Unsupported>(file.extras(name) == nullptr, "'", name,
                                      "' has an order, scales or a rotation");
-      frozen_table_ = std::make_unique<FrozenLinear>(file.matrix("token_embd.weight", options.pool));
-      if (!tied) output_ = std::make_unique<FrozenLinear>(file.matrix("output.weight", options.pool));
+      const auto frozen = [&](const char* name) {
+        auto layer = std::make_unique<FrozenLinear>(file.matrix(name, options.pool));
+        require_finite(layer->weights(), name);
+        return layer;
+      };
+      frozen_table_ = frozen("token_embd.weight");
+      if (!tied) output_ = frozen("output.weight");
     }
     for (std::size_t layer = 0; layer < h_.layers; ++layer)
       for (const BlockMatrix m : block_matrices) {
@@ -166,11 +172,15 @@ class LlamaTrainer {
         source.values = [&read, name = source.name] { return read(name + ".weight"); };
         add(factory(source), source);
       }
+    const auto norm = [&](const std::string& name) {
+      norms_.push_back(file.vector(name));
+      require_finite(norms_.back().data(), norms_.back().size(), name);
+    };
     for (std::size_t layer = 0; layer < h_.layers; ++layer) {
-      norms_.push_back(file.vector(attention_norm_name(layer)));
-      norms_.push_back(file.vector(ffn_norm_name(layer)));
+      norm(attention_norm_name(layer));
+      norm(ffn_norm_name(layer));
     }
-    norms_.push_back(file.vector("output_norm.weight"));
+    norm("output_norm.weight");
     finish();
   }
   LlamaTrainer(const LlamaTrainer&) = delete;
@@ -222,6 +232,11 @@ class LlamaTrainer {
   void begin_step(std::uint64_t step) {
     step_ = step;
     for (auto& l : layers_) l->begin_step(step);
+  }
+
+  /// After the optimizer's step, before a checkpoint.
+  void end_step() {
+    for (auto& l : layers_) l->end_step();
   }
 
   /// Adds the gradients of the batch's mean cross-entropy (natural logarithm) and returns it. The gradients are those of
@@ -296,6 +311,25 @@ class LlamaTrainer {
                             ", expected 0 to below 1");
     nibble::detail::require(options_.windows_at_once > 0, "windows_at_once is 0, expected at least 1");
     blocks_.set_products(options_.products);
+  }
+  /// Of a file's weights: said before the first step, where it is still plain whose fault it is.
+  static void require_finite(const float* values, Eigen::Index size, const std::string& name) {
+    for (Eigen::Index i = 0; i < size; ++i)
+      nibble::detail::require<nibble::FormatError>(std::isfinite(values[i]), "'", name, "' is ", values[i],
+                                                   " at element ", i, " before step 1, expected finite weights");
+  }
+  void require_finite(const nibble::PackedMatrix& m, const std::string& name) const {
+    std::vector<char> finite(static_cast<std::size_t>(m.rows()));
+    nibble::detail::for_chunks(options_.pool, m.rows(), [&](Eigen::Index first, Eigen::Index n, std::size_t) {
+      Eigen::VectorXf row(m.cols());
+      for (Eigen::Index r = first; r < first + n; ++r) {
+        m.dequantize_row(r, row.data());
+        finite[static_cast<std::size_t>(r)] = row.allFinite() ? 1 : 0;
+      }
+    });
+    const auto bad = std::find(finite.begin(), finite.end(), 0);
+    nibble::detail::require<nibble::FormatError>(bad == finite.end(), "'", name, "' is not finite in row ",
+                                                 bad - finite.begin(), " before step 1, expected finite weights");
   }
   LayerSource source_of(std::size_t layer, BlockMatrix m, const ModelFile* file) const {
     LayerSource source;

@@ -33,6 +33,7 @@ struct LoopOptions {
   double minutes =
       0.0;  // above 0: the schedule goes by time, and ends then (the run depends on the machine's speed)
   std::size_t evaluate_every = 0;  // steps; 0: never
+  bool evaluate_last = false;      // after the last step, too
   std::string checkpoint;          // empty: none
   std::size_t checkpoint_every = 200;
   bool resume = false;       // go on from the checkpoint, if it is there
@@ -64,11 +65,13 @@ struct LoopHooks {
 
 /// Runs the steps. Each is begin_step(number from 1 on), gradients(batch), AdamW; losses have the same bits for any number of
 /// threads, and after a kill at any moment and --resume.
-/// Throws Error, naming step and tensor, where hidden states or gradients are not finite: the last checkpoint is then the
-/// one before. Throws FormatError for a checkpoint of another run, IoError for a full disk.
+/// Throws Error or runtime_error, naming step and tensor, where hidden states, gradients or what a step makes of parameters
+/// are not finite: the last checkpoint is then the one before. Throws FormatError for a checkpoint of another run, IoError
+/// for a full disk and, before the first step, for files that cannot be written.
 inline LoopReport run_training(LlamaTrainer& trainer, const LoopOptions& o, const LoopHooks& hooks) {
   using commands::write_file;
   o.schedule.check();
+  for (const std::string& path : {o.checkpoint, o.csv, o.svg}) commands::require_writable(path);
   const nibble::Parameters parameters = trainer.parameters();
   nibble::AdamW adamw(parameters, o.adamw);
   const std::string header =
@@ -91,6 +94,14 @@ inline LoopReport run_training(LlamaTrainer& trainer, const LoopOptions& o, cons
     for (const auto& f : at.at("figures")) figures.push_back({f.at(0).get<double>(), f.at(1).get<double>(), ""});
     std::fprintf(stderr, "nibble: goes on after step %llu\n", static_cast<unsigned long long>(adamw.steps()));
   }
+  // What the numbers have become is no fault of the arguments.
+  const auto guarded = [](std::uint64_t step, auto&& f) {
+    try {
+      f();
+    } catch (const nibble::InvalidArgument& e) {
+      throw std::runtime_error("step " + std::to_string(step) + ": " + e.what());
+    }
+  };
   const auto checkpoint = [&](double seconds) {
     nlohmann::json points = nlohmann::json::array();
     for (const PlotPoint& f : figures) points.push_back({f.x, f.y});
@@ -141,13 +152,11 @@ inline LoopReport run_training(LlamaTrainer& trainer, const LoopOptions& o, cons
       nibble::zero_gradients(parameters, o.pool);
       trainer.begin_step(step);
       double loss = 0.0, norm = 0.0;
-      try {
+      guarded(step, [&] {
         loss = trainer.gradients(hooks.batch(done));
         norm = adamw.step(rate, o.clip, o.pool);
-      } catch (const nibble::InvalidArgument& e) {
-        // What the numbers have become is no fault of the arguments.
-        throw std::runtime_error("step " + std::to_string(step) + ": " + e.what());
-      }
+      });
+      trainer.end_step();
       report.seconds += limits_detail::seconds_now() - start;
       recent.push_back(loss);
       if (recent.size() > 50) recent.erase(recent.begin());
@@ -158,11 +167,14 @@ inline LoopReport run_training(LlamaTrainer& trainer, const LoopOptions& o, cons
         report.percent_of_peak = 100.0 * report.tokens_per_second * o.operations_a_token / (o.peak_gflops * 1e9);
 
       std::string figure;
-      const std::string note = "loss " + number("%.4f", report.loss) + ", " +
-                               number("%.0f", report.tokens_per_second) + " tokens/s, " +
-                               number("%.0f", report.percent_of_peak) + " % of peak";
-      if (o.evaluate_every != 0 && step % o.evaluate_every == 0 && hooks.evaluate) {
-        const double f = hooks.evaluate();
+      std::string note =
+          "loss " + number("%.4f", report.loss) + ", " + number("%.0f", report.tokens_per_second) + " tokens/s";
+      if (o.peak_gflops > 0.0) note += ", " + number("%.0f", report.percent_of_peak) + " % of peak";
+      const bool look =
+          (o.evaluate_every != 0 && step % o.evaluate_every == 0) || (o.evaluate_last && step == steps);
+      if (look && hooks.evaluate) {
+        double f = 0.0;
+        guarded(step, [&] { f = hooks.evaluate(); });
         figure = number("%.6f", f);
         figures.push_back({static_cast<double>(step), f, ""});
         std::fprintf(stderr, "%snibble: step %llu of %s, %s, %s %.4f\n", progress.on_terminal() ? "\r\x1b[K" : "",
@@ -185,10 +197,12 @@ inline LoopReport run_training(LlamaTrainer& trainer, const LoopOptions& o, cons
         progress.step(note);
       }
       if (!o.checkpoint.empty() && o.checkpoint_every != 0 && step % o.checkpoint_every == 0)
-        checkpoint(before + limits_detail::seconds_now() - begin);
+        guarded(step, [&] { checkpoint(before + limits_detail::seconds_now() - begin); });
     }
   }
   report.steps = static_cast<std::size_t>(adamw.steps());
+  // What a checkpoint says of the steps before it, nothing else would of the last ones.
+  guarded(adamw.steps(), [&] { nibble::require_finite(parameters, nibble::ParameterPart::value, {}, o.pool); });
   if (!o.csv.empty()) write_file(o.csv, csv);
   if (!o.svg.empty() && !figures.empty())
     write_file(o.svg, scatter_svg("Training", "step", hooks.figure, figures, figures));

@@ -4,11 +4,13 @@
 #include <CLI/CLI.hpp>
 #include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -77,6 +79,26 @@ inline void write_json(const Common& c, const nlohmann::json& json) {
   if (!c.json.empty())
     write_file(c.json, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
+
+/// Throws IoError where `path`, unless it is empty, could not be written: better at the start than after hours.
+inline void require_writable(const std::string& path) {
+  if (!path.empty()) nibble::AtomicFile probe(path);  // its temporary is gone again
+}
+
+/// A number from `least` to `most`; unlike CLI::Range it takes no NaN.
+inline CLI::Validator number_in(double least, double most) {
+  std::ostringstream range;
+  range << least << " to " << most;
+  const auto check = [least, most, range = range.str()](const std::string& text) {
+    char* end = nullptr;
+    const double value = std::strtod(text.c_str(), &end);
+    const bool number = end != text.c_str() && *end == '\0';
+    return number && value >= least && value <= most ? std::string() : "'" + text + "' is no number from " + range;
+  };
+  return CLI::Validator(check, "FLOAT in [" + range.str() + "]");
+}
+/// A rate at which an average forgets, such as AdamW's beta2: below 1.
+inline CLI::Validator forgetting() { return number_in(0.0, 0.9999999); }
 
 inline std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);

@@ -68,13 +68,22 @@ inline void finetune(const Common& c, const FinetuneArguments& a) {
   require(
       !a.full || (a.out.size() > gguf.size() && a.out.compare(a.out.size() - gguf.size(), gguf.size(), gguf) == 0),
       "output '", a.out, "': --full writes a model, expected a name in .gguf");
+  std::string stem = a.out;
+  while (stem.size() > 1 && stem.back() == '/') stem.pop_back();
+  require(a.full || !std::filesystem::exists(a.out) || std::filesystem::is_directory(a.out), "output '", a.out,
+          "' is a file, expected an adapter's folder or a new name");
+  require_writable(a.full ? a.out : stem + ".checkpoint");
+  require_writable(c.json);
   nibble::ThreadPool pool(c.threads);
   const auto file = open_model(c.model);
   const Hparams& h = file->hparams();
   const Tokenizer tokenizer(file->vocabulary());
   const std::string text = read_text(a.text), test = a.test.empty() ? std::string() : read_text(a.test);
   const std::vector<Token> tokens = tokenizer.encode(text), test_tokens = tokenizer.encode(test);
+  require(a.test.empty() || test_tokens.size() > 1, "'", a.test, "' has ", test_tokens.size(),
+          " tokens, expected at least 2");
   const Token bos = tokenizer.vocabulary().add_bos ? tokenizer.vocabulary().bos : no_token;
+  TextWindows windows(tokens, a.window, a.seed);
 
   LlamaTrainerOptions options;
   options.window = a.window;
@@ -144,15 +153,13 @@ inline void finetune(const Common& c, const FinetuneArguments& a) {
   loop.adamw.eight_bit = a.eight_bit;
   loop.clip = a.clip;
   loop.evaluate_every = test.empty() ? 0 : a.evaluate_every;
-  std::string stem = a.out;
-  while (stem.size() > 1 && stem.back() == '/') stem.pop_back();
   loop.checkpoint = stem + ".checkpoint";
   loop.checkpoint_every = a.checkpoint_every;
   loop.resume = a.resume;
   loop.csv = a.csv;
   loop.svg = a.svg;
   loop.pool = options.pool;
-  loop.peak_gflops = measure_limits(pool).float_gops;
+  loop.peak_gflops = measure_products(pool).float_gops;
   // Frozen weights are multiplied forward and transposed, trained ones a third time.
   std::size_t block_weights = 0;
   for (const BlockMatrix m : block_matrices) {
@@ -195,9 +202,9 @@ inline void finetune(const Common& c, const FinetuneArguments& a) {
       nibble::count(parameters), all, mib(frozen_bytes), steps, loop.tokens_a_step);
 
   /// As it is deployed: no dropout.
-  const auto measure = [&](std::size_t windows) {
+  const auto measure = [&](std::size_t most) {
     for (const auto& entry : adapted) entry.second->set_dropout(false);
-    const TextCost cost = text_cost(trainer, test_tokens, bos, windows);
+    const TextCost cost = text_cost(trainer, test_tokens, bos, most);
     for (const auto& entry : adapted) entry.second->set_dropout(true);
     std::size_t bytes = 0;
     const std::size_t first = bos == no_token ? 1 : 0;
@@ -210,7 +217,6 @@ inline void finetune(const Common& c, const FinetuneArguments& a) {
     std::printf("before: perplexity %.4f, %.4f bits a byte on %s\n", before.first, before.second, a.test.c_str());
     std::fflush(stdout);
   }
-  TextWindows windows(tokens, a.window, a.seed);
   LoopHooks hooks;
   hooks.batch = [&](std::uint64_t step) { return windows.batch(step, a.batch); };
   hooks.evaluate = [&] { return measure(a.evaluate_windows).second; };
@@ -273,15 +279,16 @@ inline void add_finetune(CLI::App& app, Common& c, std::function<void()>& action
   const auto size = [&](const char* name, std::size_t& to, const char* what, std::size_t least = 1) {
     command->add_option(name, to, what)->check(CLI::Range(least, std::size_t{1} << 40))->capture_default_str();
   };
-  const auto number = [&](const char* name, double& to, const char* what) {
-    command->add_option(name, to, what)->check(CLI::Range(0.0, 1e9))->capture_default_str();
+  const auto number = [&](const char* name, double& to, const char* what,
+                          const CLI::Validator& check = number_in(0.0, 1e9)) {
+    command->add_option(name, to, what)->check(check)->capture_default_str();
   };
   const auto flag = [&](const char* name, bool& to, const char* what) { command->add_flag(name, to, what); };
   size("--rank", a->rank, "Of the low-rank terms");
   number("--alpha", a->alpha, "Their scale is alpha / rank");
   flag("--rslora", a->rank_stabilized, "Their scale is alpha / sqrt(rank)");
   command->add_option("--dropout", a->dropout, "Of the low-rank terms' inputs")
-      ->check(CLI::Range(0.0, 0.9))
+      ->check(number_in(0.0, 0.9))
       ->capture_default_str();
   command->add_option("--targets", a->targets, "Matrices with a low-rank term")->capture_default_str();
   command->add_option("--base", a->base, "Format of the frozen weights, for --qlora")->capture_default_str();
@@ -298,13 +305,13 @@ inline void add_finetune(CLI::App& app, Common& c, std::function<void()>& action
   size("--windows-at-once", a->windows_at_once, "Windows computed together; memory grows with it");
   size("--context", a->window, "Tokens of a window", 4);
   number("--lr", a->lr, "Learning rate; 0: 2e-4, with --full 2e-5");
-  number("--final-lr", a->final_lr, "What the schedule ends with, of --lr");
+  number("--final-lr", a->final_lr, "What the schedule ends with, of --lr", number_in(0.0, 1.0));
   size("--warmup", a->warmup, "Steps over which the learning rate rises", 0);
   command->add_option("--schedule", a->schedule, "How the learning rate falls: cosine, linear or constant")
       ->check(CLI::IsMember({"cosine", "linear", "constant"}))
       ->capture_default_str();
   number("--weight-decay", a->decay, "AdamW's");
-  number("--beta2", a->beta2, "AdamW's second moment");
+  number("--beta2", a->beta2, "AdamW's second moment", forgetting());
   number("--clip", a->clip, "Largest norm of the gradients; 0: any");
   flag("--eight-bit", a->eight_bit, "AdamW's moments in 8 bits");
   flag("--checkpointing", a->checkpointing, "Keep only what goes into blocks, and compute the rest again");

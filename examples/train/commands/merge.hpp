@@ -24,6 +24,17 @@ struct MergeArguments {
 inline void merge(const Common& c, const MergeArguments& a) {
   using nibble::detail::require;
   const double start = limits_detail::seconds_now();
+  MergeModelOptions options;
+  options.scheme = scheme_of(parse_format(a.format));
+  options.side_share = a.side_term;
+  const bool quantized = nibble::has_scales(options.scheme.format);
+  require(quantized || (a.calibration.empty() && a.side_term == 0.0),
+          "--calibration and --side-term are for quantized formats, --format is ", a.format);
+  require(!wants_gguf(a.out) || !quantized, "'", a.out,
+          "' would be a GGUF: quantized weights go into a packed .safetensors");
+  require(!quantized || !a.calibration.empty(), "merging into ", a.format, " needs --calibration TEXT");
+  require_writable(a.out);
+  require_writable(c.json);
   nibble::ThreadPool pool(c.threads);
   const auto file = open_model(c.model);
   const LlamaAdapter adapter = read_llama_adapter(a.adapter, file->hparams());
@@ -31,23 +42,14 @@ inline void merge(const Common& c, const MergeArguments& a) {
     require<nibble::Unsupported>(file->extras(t.name) == nullptr, "'", t.name,
                                  "' has an order, scales, a rotation or a ",
                                  "bias of its own: merge into the model that it was made from");
-  MergeModelOptions options;
-  options.scheme = scheme_of(parse_format(a.format));
   if (a.onto == "base") options.base = adapter_base_of(adapter);
-  options.side_share = a.side_term;
   options.pool = pool.threads() > 1 ? &pool : nullptr;
-  const bool quantized = nibble::has_scales(options.scheme.format);
-  require(quantized || (a.calibration.empty() && a.side_term == 0.0),
-          "--calibration and --side-term are for quantized formats, --format is ", a.format);
-  require(!quantized || a.out.size() < 5 || a.out.compare(a.out.size() - 5, 5, ".gguf") != 0, "'", a.out,
-          "' would be a GGUF: quantized weights go into a packed .safetensors");
   nlohmann::json json = {{"model", c.model}, {"adapter", a.adapter}, {"format", name_of(options.scheme)}};
   if (!quantized) {
     Progress progress("merge", file->tensors().size());
     options.done = [&](const std::string& name) { progress.step(name); };
     merge_into_floats(*file, adapter, a.out, options);
   } else {
-    require(!a.calibration.empty(), "merging into ", a.format, " needs --calibration TEXT");
     const Tokenizer tokenizer(file->vocabulary());
     options.windows = calibration_windows(tokenizer.encode(read_text(a.calibration)), a.windows, a.length, a.seed);
     std::vector<MergeReport> reports;
@@ -127,7 +129,7 @@ inline void add_merge(CLI::App& app, Common& c, std::function<void()>& action) {
   command
       ->add_option("--side-term", a->side_term,
                    "Keep a low-rank term of what rounding loses, of at most this share of each matrix's bytes")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(number_in(0.0, 1.0))
       ->capture_default_str();
   add_threads(command, c);
   add_common(command, c, false);

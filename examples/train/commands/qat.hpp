@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,13 +12,12 @@
 
 #include "../../llm/commands/common.hpp"
 #include "../../llm/perplexity.hpp"
-#include "../../llm/progress.hpp"
-#include "../../llm/svg_plot.hpp"
+#include "../../llm/quantize_model.hpp"
 #include "../data.hpp"
 #include "../llama_trainer.hpp"
 #include "../qat.hpp"
-#include "nibble/train/optimizer.hpp"
-#include "nibble/train/schedule.hpp"
+#include "../training_loop.hpp"
+#include "nibble/train/dropout.hpp"
 
 namespace llm {
 namespace commands {
@@ -25,15 +25,18 @@ namespace commands {
 struct QatArguments {
   std::string text, out, format = "int4", test, csv, svg, start = "mse", products = "fp32";
   std::size_t steps = 300, warmup = 20, batch = 16, window = 256, windows_at_once = 8;
-  std::size_t delay = 0, freeze_scales = 0, evaluate_every = 0, test_windows = 0;
+  std::size_t delay = 0, freeze_scales = 0, evaluate_every = 0, test_windows = 0, checkpoint_every = 200;
   double lr = 5e-4, final_lr = 0.05, decay = 0.0, clip = 1.0, scale_rate = 1.0;
   float dropout = 0.0F;
   std::uint64_t seed = 1;
-  bool fixed_scales = false, freeze_embedding = false, checkpointing = false, float_model = false;
+  bool fixed_scales = false, freeze_embedding = false, checkpointing = false, float_model = false, resume = false;
 };
 
 inline void qat(const Common& c, const QatArguments& a) {
   using nibble::detail::require;
+  require(!wants_gguf(a.out), "output '", a.out, "': expected a name in .safetensors");
+  require_writable(a.out);
+  require_writable(c.json);
   nibble::ThreadPool pool(c.threads);
   nibble::ThreadPool* workers = pool.threads() > 1 ? &pool : nullptr;
   const auto file = open_model(c.model);
@@ -46,8 +49,9 @@ inline void qat(const Common& c, const QatArguments& a) {
                                          : nibble::GridStart::mse;
     plan->scale_rate = static_cast<float>(a.scale_rate);
     nibble::QatSchedule schedule;
-    schedule.fake_quant_start = a.delay;
-    if (a.freeze_scales != 0) schedule.scale_freeze = a.freeze_scales;
+    // Steps count from 1 on there.
+    if (a.delay != 0) schedule.fake_quant_start = a.delay + 1;
+    if (a.freeze_scales != 0) schedule.scale_freeze = a.freeze_scales + 1;
     plan->schedule = schedule;
   }
   LlamaTrainerOptions options;
@@ -59,23 +63,15 @@ inline void qat(const Common& c, const QatArguments& a) {
   options.products = a.products == "bf16" ? nibble::Activations::bf16 : nibble::Activations::fp32;
   options.train_embedding = !a.freeze_embedding;
   options.pool = workers;
+  const std::string text = read_text(a.text);
+  TextWindows windows(tokenizer.encode(text), a.window, a.seed);
+  const std::vector<Token> test = a.test.empty() ? std::vector<Token>() : tokenizer.encode(read_text(a.test));
+  require(a.test.empty() || test.size() >= a.window, "'", a.test, "' has ", test.size(),
+          " tokens, a window takes ", a.window);
+  const std::size_t fit = test.size() / a.window;
+  const std::size_t test_windows = a.test_windows == 0 ? fit : std::min(a.test_windows, fit);
   LlamaTrainer trainer(*file, options, qat_layers(plan, workers));
   const nibble::Parameters parameters = trainer.parameters();
-  nibble::AdamWOptions adam_options;
-  adam_options.beta2 = 0.95;
-  adam_options.weight_decay = a.decay;
-  nibble::AdamW adam(parameters, adam_options);
-  nibble::Schedule schedule;
-  schedule.peak = a.lr;
-  schedule.floor = a.final_lr;
-  schedule.steps = std::max<std::size_t>(a.steps, 1);
-  schedule.warmup = std::min(a.warmup, a.steps);
-
-  TextWindows windows(tokenizer.encode(read_text(a.text)), a.window, a.seed);
-  const std::vector<Token> test = a.test.empty() ? std::vector<Token>() : tokenizer.encode(read_text(a.test));
-  require(test.empty() || test.size() >= a.window, "'", a.test, "' has ", test.size(), " tokens, a window takes ",
-          a.window);
-  const std::size_t test_windows = a.test_windows == 0 ? test.size() / a.window : a.test_windows;
   const auto score = [&](const Model& model) {
     RunnerOptions runner_options;
     runner_options.kv_format = kv_format_of(c);
@@ -90,58 +86,81 @@ inline void qat(const Common& c, const QatArguments& a) {
   if (!test.empty())
     std::printf("before training: perplexity %.4f\n", score(qat_model(trainer, *file, plan, workers)));
 
-  std::string csv = "step,loss,learning_rate,gradient_norm,perplexity\n";
-  std::vector<PlotPoint> curve;
-  const double begin = limits_detail::seconds_now();
-  double mean = 0.0, last = 0.0;
-  {
-    Progress progress("qat", a.steps);
-    for (std::size_t step = 0; step < a.steps; ++step) {
-      nibble::zero_gradients(parameters, workers);
-      trainer.begin_step(step);
-      const double loss = trainer.gradients(windows.batch(step, a.batch));
-      const double rate = schedule.rate(step);
-      const double norm = adam.step(rate, a.clip, workers);
-      mean = step == 0 ? loss : 0.95 * mean + 0.05 * loss;
-      std::string note;
-      const bool end = step + 1 == a.steps;
-      if (!test.empty() && (end || (a.evaluate_every != 0 && (step + 1) % a.evaluate_every == 0))) {
-        last = score(qat_model(trainer, *file, plan, workers));
-        note = std::to_string(last);
-        curve.push_back({static_cast<double>(step + 1), last, ""});
-      }
-      char line[128];
-      std::snprintf(line, sizeof line, "%zu,%.6f,%.8f,%.5f,", step + 1, loss, rate, norm);
-      csv += line + note + "\n";
-      std::snprintf(line, sizeof line, "loss %.4f, %.0f tokens/s", mean,
-                    static_cast<double>((step + 1) * a.batch * a.window) / (limits_detail::seconds_now() - begin));
-      progress.step(line);
-    }
-  }
-  const double seconds = limits_detail::seconds_now() - begin;
-  write_qat_model(a.out, qat_model(trainer, *file, plan, workers), *file);
-  if (!a.csv.empty()) write_file(a.csv, csv);
-  if (!a.svg.empty()) write_file(a.svg, scatter_svg("QAT, " + a.format, "step", "perplexity", curve, curve));
-  std::printf("qat: loss %.4f, %zu steps, %.1f s\n", mean, a.steps, seconds);
+  LoopOptions loop;
+  loop.schedule.peak = a.lr;
+  loop.schedule.floor = a.final_lr;
+  loop.schedule.steps = a.steps;
+  loop.schedule.warmup = std::min(a.warmup, a.steps);
+  loop.adamw.beta2 = 0.95;
+  loop.adamw.weight_decay = a.decay;
+  loop.clip = a.clip;
+  loop.evaluate_every = test.empty() ? 0 : a.evaluate_every;
+  loop.evaluate_last = !test.empty();
+  loop.checkpoint = a.out + ".checkpoint";
+  loop.checkpoint_every = a.checkpoint_every;
+  loop.resume = a.resume;
+  loop.csv = a.csv;
+  loop.svg = a.svg;
+  loop.tokens_a_step = a.batch * a.window;
+  loop.pool = workers;
+  loop.settings = {{"model", c.model},
+                   {"text", nibble::stream_of(text)},
+                   {"format", plan ? name_of(plan->scheme) : "float"},
+                   {"activation_bits", plan ? plan->activation_bits : 32},
+                   {"start", a.start},
+                   {"fixed_scales", a.fixed_scales},
+                   {"scale_rate", a.scale_rate},
+                   {"delay", a.delay},
+                   {"freeze_scales", a.freeze_scales},
+                   {"freeze_embedding", a.freeze_embedding},
+                   {"context", a.window},
+                   {"batch", a.batch},
+                   {"windows_at_once", a.windows_at_once},
+                   {"steps", a.steps},
+                   {"warmup", a.warmup},
+                   {"lr", a.lr},
+                   {"final_lr", a.final_lr},
+                   {"weight_decay", a.decay},
+                   {"clip", a.clip},
+                   {"dropout", a.dropout},
+                   {"seed", a.seed},
+                   {"products", a.products}};
+  double last = 0.0;  // perplexity of the weights as they are; 0: not measured
+  LoopHooks hooks;
+  hooks.batch = [&](std::uint64_t step) {
+    last = 0.0;
+    return windows.batch(step, a.batch);
+  };
+  hooks.evaluate = [&] { return last = score(qat_model(trainer, *file, plan, workers)); };
+  hooks.figure = "perplexity";
+  LoopReport report;
+  if (a.steps != 0) report = run_training(trainer, loop, hooks);
+  const Model deployed = qat_model(trainer, *file, plan, workers);
+  // A run that was killed after its last step.
+  if (!test.empty() && last == 0.0) last = score(deployed);
+  write_qat_model(a.out, deployed, *file);
+  std::error_code ignored;
+  if (a.steps != 0) std::filesystem::remove(loop.checkpoint, ignored);
+  std::printf("qat: loss %.4f, %zu steps, %.1f s\n", report.loss, a.steps, report.seconds);
   double exported = 0.0;
   if (!test.empty()) {
     const auto written = open_model(a.out);
     exported = score(load_model(*written, workers));
     std::printf("while training: perplexity %.10g\nafter export:   perplexity %.10g over %zu windows of %zu\n",
-                a.steps == 0 ? exported : last, exported, test_windows, a.window);
-    require<nibble::Error>(a.steps == 0 || exported == last, "the exported model has a perplexity of ", exported,
+                last, exported, test_windows, a.window);
+    require<nibble::Error>(exported == last, "the exported model has a perplexity of ", exported,
                            ", in training it was ", last);
   }
   write_json(c, {{"model", c.model},
                  {"format", plan ? name_of(plan->scheme) : "float"},
                  {"activation_bits", plan ? plan->activation_bits : 32},
                  {"steps", a.steps},
-                 {"loss", mean},
+                 {"loss", report.loss},
                  {"perplexity_training", last},
                  {"perplexity_exported", exported},
                  {"windows", test_windows},
                  {"context", a.window},
-                 {"seconds", seconds}});
+                 {"seconds", report.seconds}});
 }
 
 inline void add_qat(CLI::App& app, Common& c, std::function<void()>& action) {
@@ -164,8 +183,9 @@ inline void add_qat(CLI::App& app, Common& c, std::function<void()>& action) {
   const auto size = [&](const char* name, std::size_t& to, const char* what, std::size_t least = 0) {
     command->add_option(name, to, what)->check(CLI::Range(least, std::size_t{1} << 24))->capture_default_str();
   };
-  const auto number = [&](const char* name, double& to, const char* what) {
-    command->add_option(name, to, what)->check(CLI::Range(0.0, 1e9))->capture_default_str();
+  const auto number = [&](const char* name, double& to, const char* what,
+                          const CLI::Validator& check = number_in(0.0, 1e9)) {
+    command->add_option(name, to, what)->check(check)->capture_default_str();
   };
   size("--steps", a->steps, "Steps of the optimizer");
   size("--warmup", a->warmup, "Steps over which the learning rate rises");
@@ -177,7 +197,7 @@ inline void add_qat(CLI::App& app, Common& c, std::function<void()>& action) {
   size("--evaluate-every", a->evaluate_every, "Steps between looks at the test text; 0: at the end alone");
   size("--test-windows", a->test_windows, "Windows of the test text; 0: all");
   number("--lr", a->lr, "Learning rate, the highest");
-  number("--final-lr", a->final_lr, "What the cosine ends with, of --lr");
+  number("--final-lr", a->final_lr, "What the cosine ends with, of --lr", number_in(0.0, 1.0));
   number("--weight-decay", a->decay, "AdamW's");
   number("--clip", a->clip, "Largest norm of the gradients");
   number("--scale-rate", a->scale_rate, "Multiplies the learning rate of scales and offsets");
@@ -190,12 +210,14 @@ inline void add_qat(CLI::App& app, Common& c, std::function<void()>& action) {
   command->add_flag("--checkpointing", a->checkpointing,
                     "Keep only what goes into blocks, and compute the rest again");
   command->add_option("--dropout", a->dropout, "Of the embedding and the residual branches")
-      ->check(CLI::Range(0.0, 0.9))
+      ->check(number_in(0.0, 0.9))
       ->capture_default_str();
   command->add_option("--products", a->products, "Of the backward pass: fp32, or bf16, about twice as fast")
       ->check(CLI::IsMember({"fp32", "bf16"}))
       ->capture_default_str();
   command->add_option("--seed", a->seed, "The same seed trains the same model")->capture_default_str();
+  command->add_flag("--resume", a->resume, "Go on from OUT.checkpoint, if it is there: to the same bits");
+  size("--checkpoint-every", a->checkpoint_every, "Steps between checkpoints", 1);
   command->add_option("--csv", a->csv, "Write every step's figures to this file");
   command->add_option("--svg", a->svg, "Plot the perplexity to this file");
   command->add_option("--json", c.json, "Write every figure to this file as JSON");

@@ -68,7 +68,11 @@ inline void train(const Common& c, const TrainArguments& a) {
   using nibble::detail::require;
   require(a.heads > 0 && a.dim % a.heads == 0 && a.dim / a.heads % 2 == 0, "--dim ", a.dim, " and --heads ",
           a.heads, ": expected heads of an even size");
+  require(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "--heads ", a.heads, " and --kv-heads ", a.kv_heads,
+          ": expected heads that share key-value heads evenly");
   require(wants_gguf(a.out), "output '", a.out, "': expected a name in .gguf");
+  require_writable(a.out);
+  require_writable(c.json);
   nibble::ThreadPool pool(c.threads);
   const std::string text = read_text(a.text), test = a.test.empty() ? std::string() : read_text(a.test);
   BpeOptions bpe;
@@ -76,6 +80,8 @@ inline void train(const Common& c, const TrainArguments& a) {
   const Tokenizer tokenizer{Vocabulary(train_bpe(text, bpe))};
   const Vocabulary& v = tokenizer.vocabulary();
   const std::vector<Token> tokens = tokenizer.encode(text), test_tokens = tokenizer.encode(test);
+  require(a.test.empty() || test_tokens.size() > 1, "'", a.test, "' has ", test_tokens.size(),
+          " tokens, expected at least 2");
 
   Hparams h;
   h.name = a.name;
@@ -132,7 +138,7 @@ inline void train(const Common& c, const TrainArguments& a) {
   loop.resume = a.resume;
   loop.csv = a.csv;
   loop.svg = a.svg;
-  loop.peak_gflops = measure_limits(pool).float_gops;
+  loop.peak_gflops = measure_products(pool).float_gops;
   loop.tokens_a_step = a.batch * a.window;
   // A tied embedding is multiplied as the output layer; one of its own is only looked up.
   const std::size_t multiplied = nibble::count(parameters) - (a.untied ? h.vocabulary * h.dim : 0);
@@ -214,8 +220,9 @@ inline void add_train(CLI::App& app, Common& c, std::function<void()>& action) {
   const auto size = [&](const char* name, std::size_t& to, const char* what, std::size_t least = 1) {
     command->add_option(name, to, what)->check(CLI::Range(least, std::size_t{1} << 24))->capture_default_str();
   };
-  const auto number = [&](const char* name, double& to, const char* what) {
-    command->add_option(name, to, what)->check(CLI::Range(0.0, 1e9))->capture_default_str();
+  const auto number = [&](const char* name, double& to, const char* what,
+                          const CLI::Validator& check = number_in(0.0, 1e9)) {
+    command->add_option(name, to, what)->check(check)->capture_default_str();
   };
   size("--vocabulary", a->vocabulary, "Tokens of the byte-level BPE vocabulary", 257);
   size("--layers", a->layers, "Blocks");
@@ -230,7 +237,7 @@ inline void add_train(CLI::App& app, Common& c, std::function<void()>& action) {
   number("--minutes", a->minutes, "End after so many minutes, the learning rate with it; 0: after --steps");
   size("--warmup", a->warmup, "Steps over which the learning rate rises");
   number("--lr", a->lr, "Learning rate");
-  number("--final-lr", a->final_lr, "What the cosine ends with, of --lr");
+  number("--final-lr", a->final_lr, "What the cosine ends with, of --lr", number_in(0.0, 1.0));
   number("--weight-decay", a->decay, "AdamW's");
   number("--clip", a->clip, "Largest norm of the gradients");
   command->add_option("--schedule", a->schedule, "How the learning rate falls: cosine, linear or constant")
@@ -240,9 +247,9 @@ inline void add_train(CLI::App& app, Common& c, std::function<void()>& action) {
   command->add_flag("--resume", a->resume, "Go on from OUT.checkpoint, if it is there: to the same bits");
   size("--checkpoint-every", a->checkpoint_every, "Steps between checkpoints");
   command->add_option("--sample", a->prompt, "What the sample of text at the end begins with");
-  number("--beta2", a->beta2, "AdamW's second moment");
+  number("--beta2", a->beta2, "AdamW's second moment", forgetting());
   command->add_option("--dropout", a->dropout, "Of the embedding and the residual branches")
-      ->check(CLI::Range(0.0, 0.9))
+      ->check(number_in(0.0, 0.9))
       ->capture_default_str();
   command->add_option("--seed", a->seed, "The same seed trains the same model")->capture_default_str();
   command
