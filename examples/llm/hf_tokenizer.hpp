@@ -212,7 +212,7 @@ class TokenizerReader {
         const std::string common_end = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
         const bool isolated =
             text(*step, "behavior").value_or("") == "Isolated" && !flag(*step, "invert").value_or(false);
-        if (isolated && regex == common_begin + "{1,3}" + common_end)
+        if (isolated && regex == nibble::detail::concat(common_begin, "{1,3}", common_end))
           shape += "llama3";
         else if (isolated && regex == common_begin + common_end)
           shape += "qwen2";

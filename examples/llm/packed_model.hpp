@@ -214,8 +214,8 @@ inline std::map<std::string, LinearExtras> linear_extras_of(const nibble::Packed
           e.side.a = packed_detail::side_of(file, "linear:" + name + ".side_a", rank, matrix->cols());
           e.side.b = packed_detail::side_of(file, "linear:" + name + ".side_b", matrix->rows(), rank);
         } else {
-          nibble::detail::raise<Unsupported>("packed model: '" + name + "' has the field '" + key +
-                                             "', which this program does not know");
+          nibble::detail::raise<Unsupported>(nibble::detail::concat("packed model: '", name, "' has the field '",
+                                                                    key, "', which this program does not know"));
         }
       }
     } catch (const nlohmann::json::exception& error) {

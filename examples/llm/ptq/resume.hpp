@@ -69,7 +69,7 @@ class ResumeFolder {
 
   /// The block that a run goes on with, and the hidden states that enter it; block 0 where nothing is there.
   /// `streams` are filled with windows of rows x cols each.
-  std::size_t load_state(std::vector<HiddenStates*> streams, std::size_t windows, Eigen::Index rows,
+  std::size_t load_state(const std::vector<HiddenStates*>& streams, std::size_t windows, Eigen::Index rows,
                          Eigen::Index cols) const {
     const std::filesystem::path file = path_ / "state.bin";
     if (!std::filesystem::exists(file)) return 0;

@@ -93,7 +93,8 @@ inline Eigen::VectorXf mean_over_queries(const Eigen::Ref<const Eigen::VectorXf>
                   layout.channels(), " (heads * head_size)");
   Eigen::VectorXd sum = Eigen::VectorXd::Zero(layout.kv_channels());
   for (Eigen::Index c = 0; c < values.size(); ++c) sum[layout.kv_channel(c)] += static_cast<double>(values[c]);
-  return (sum / static_cast<double>(layout.heads / layout.kv_heads)).cast<float>();
+  const auto shared = layout.heads / layout.kv_heads;  // heads of queries a head of keys
+  return (sum / static_cast<double>(shared)).cast<float>();
 }
 
 /// The way back: each kv channel's value for all inputs of o that read it.

@@ -70,7 +70,10 @@ struct LsqGrid {
 /// What LSQ divides by under its root, beside the number of values.
 inline float lsq_levels(const Scheme& scheme) noexcept {
   const CodeRange codes = code_range(scheme);
-  if (scheme.symmetry != Symmetry::symmetric) return static_cast<float>((codes.max - codes.min) / 2);
+  if (scheme.symmetry != Symmetry::symmetric) {
+    const int half = (codes.max - codes.min) / 2;
+    return static_cast<float>(half);
+  }
   const int zero = symmetric_zero_of(scheme.format);
   return static_cast<float>(std::max(1, std::min(zero - codes.min, codes.max - zero)));
 }
