@@ -758,6 +758,24 @@ TEST(Gemm, AddsToItself) {
     }
 }
 
+TEST(Gemm, SumsOfNothing) {
+  for (const nibble::Activations activations : {nibble::Activations::fp32, nibble::Activations::bf16})
+    for (const Eigen::Index n : {1, 70, 300})
+      for (const Eigen::Index tokens : {1, 3, 9}) {
+        const MatrixXf a(n, 0), b(0, tokens);
+        const Eigen::VectorXf bias = Eigen::VectorXf::LinSpaced(n, 1.0F, 2.0F);
+        MatrixXf c = MatrixXf::Constant(n, tokens, 7.0F);
+        nibble::MatmulOptions options;
+        options.activations = activations;
+        nibble::gemm(a, b, c, options);
+        EXPECT_TRUE((c.array() == 0.0F).all()) << n << " x " << tokens;
+        options.epilogue.bias(bias).add(c);
+        c.setConstant(-1.0F);
+        nibble::gemm(a, b, c, options);
+        EXPECT_TRUE(c == ((bias.array() - 1.0F).matrix().replicate(1, tokens))) << n << " x " << tokens;
+      }
+}
+
 TEST(Matmul, EmptyShapes) {
   const Scheme scheme = scheme_of(Format::int4, Symmetry::symmetric, Granularity::per_group(32));
   for (Activations kind : {Activations::int8, Activations::fp32}) {

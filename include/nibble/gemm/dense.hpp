@@ -3,6 +3,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <type_traits>
 
 #include "nibble/core/fp_env.hpp"
@@ -41,6 +42,13 @@ void gemm(const Eigen::MatrixBase<A>& a_in, const Eigen::MatrixBase<B>& b_in, Ma
     detail::require_apart(b_in.derived(), c, "b", "c");
     if (c.size() == 0) return;
     const detail::KernelTable& kernels = detail::kernels_of(options);
+    if (a.cols == 0) {  // sums of nothing, and null pointers to it
+      auto* zeros = reinterpret_cast<float*>(detail::workspace_of(options).take(a.rows * sizeof(float)));
+      std::fill_n(zeros, a.rows, 0.0F);
+      detail::finish_tile(kernels, zeros, 0, 0, b.cols, 0, a.rows, nullptr, nullptr, nullptr, options.epilogue,
+                          detail::float_output(c));
+      return;
+    }
     if (options.activations == Activations::bf16) {
       detail::PanelView w;
       w.format = Format::bf16;
