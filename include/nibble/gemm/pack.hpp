@@ -45,6 +45,7 @@ inline LaneElement lane_element(Format format) noexcept {
 template <bool to_lanes>
 void move_bit_codes(Format format, std::uint8_t* rows, std::size_t line_bytes, std::size_t row_count,
                     std::uint8_t* panel) noexcept {
+  if (line_bytes == 0) return;  // null pointers may come with no bytes, and memset takes none
   const unsigned bits = bits_of(format);
   const std::size_t step = bits_unit_bytes(format);
   if (to_lanes) std::memset(panel, 0, ceil_div(line_bytes, 2 * bits) * step);
